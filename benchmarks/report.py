@@ -1,0 +1,239 @@
+"""Results tables: a Markdown file for people and a JSON file of the same name for programs.
+
+The JSON is a list of rows, one number with its interval each; every row also carries where it came
+from (``provenance``), so that rows of several tables can be put together and keep their source.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+PACKAGES = ("core2-sampler", "torch", "diffusers", "transformers", "numpy", "scipy")
+LABELS = {
+    "single_object": "single",
+    "two_object": "two",
+    "color_attr": "attribute",
+    "latent_distance_to_cfg": "distance to CFG",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number of a results table; ``low`` and ``high`` are nan where there is no interval.
+
+    Attributes:
+        family: model family, ``sd3`` and so on.
+        arm: what was sampled.
+        steps: sampling steps.
+        guidance_scale: guidance scale.
+        nfe: denoiser evaluations of one sample, counted.
+        n_images: images behind the number.
+        metric: ``overall``, a task, ``*_minus_*`` (paired difference) or ``latent_distance_*``.
+        value: shares are in 0..1, not percent.
+        low: lower end of the 95 % interval.
+        high: upper end of the 95 % interval.
+        command: what makes the table again.
+    """
+
+    family: str
+    arm: str
+    steps: int
+    guidance_scale: float
+    nfe: float
+    n_images: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    command: str
+
+
+def provenance(root: Path | None = None, **run: Any) -> dict[str, Any]:
+    """Return commit, versions and machine, with what the caller adds (device, dtype, seeds ...)."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = f"{platform.system()} {platform.machine()}"
+    return {"commit": source_commit(root), "versions": versions, "machine": machine, **run}
+
+
+def source_commit(root: Path | None = None) -> str:
+    """Return the commit of the checkout the package runs from, '+changes' if it is not clean.
+
+    Args:
+        root: a folder of the checkout; default: where this file really lies.
+    """
+    folder = root or Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder)]
+    try:
+        if subprocess.run([*git, "check-ignore", "-q", "."], check=False).returncode == 0:
+            return "unknown"  # an environment inside somebody's checkout
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def write_table(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    provenance: Mapping[str, Any],
+    text: str = "",
+) -> tuple[Path, Path]:
+    """Write ``path`` as Markdown and the same name with ``.json``; each replaces its old self whole.
+
+    Args:
+        path: the Markdown file; its folder is made.
+        rows: the numbers, arms in the order in which the table shall show them.
+        title: heading of the Markdown file.
+        provenance: see ``provenance``; goes into every JSON row and below the table.
+        text: Markdown that follows the table.
+
+    Returns:
+        Paths of the Markdown and the JSON file.
+
+    Raises:
+        ValueError: if there are no rows, or the name does not end in ``.md``.
+    """
+    if path.suffix != ".md":
+        raise ValueError(f"a table is a Markdown file, its name must end in .md, got {path.name!r}")
+    if not rows:
+        raise ValueError("a table must have at least one row, got none")
+    records = [{**asdict(row), "provenance": dict(provenance)} for row in rows]
+    lines = [json.dumps(_no_nan(record), ensure_ascii=False) for record in records]
+    notes = "\n".join(f"- {key}: {_note(value)}" for key, value in provenance.items())
+    commands = "\n".join(f"    {command}" for command in dict.fromkeys(r.command for r in rows))
+    page = f"# {title}\n\n{markdown_table(rows)}\n\n{text.strip()}\n\nMade by\n\n{commands}\n\n{notes}\n"
+    write_text(path.with_suffix(".json"), "[\n" + ",\n".join(lines) + "\n]\n")
+    write_text(path, page)
+    return path, path.with_suffix(".json")
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return one Markdown line per arm and one column per metric, both in order of appearance."""
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    arms: dict[tuple[str, str, int, float], dict[str, Row]] = {}
+    for row in rows:
+        key = (row.family, row.arm, row.steps, row.guidance_scale)
+        if row.metric in arms.setdefault(key, {}):
+            raise ValueError(f"metric {row.metric!r} of arm {key} is given twice")
+        arms[key][row.metric] = row
+    head = ["family", "arm", "steps", "scale", "NFE", "images", *(_label(m) for m in metrics)]
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    for (family, arm, steps, scale), cells in arms.items():
+        first = next(iter(cells.values()))
+        n_images = max(row.n_images for row in cells.values())
+        fixed = [family, arm, f"{steps}", f"{scale:g}", f"{first.nfe:g}", f"{n_images}"]
+        lines.append(fixed + [_cell(cells.get(metric)) for metric in metrics])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def contact_sheet(
+    pairs: Sequence[Sequence[Image.Image]], captions: Sequence[str], *, side: int = 160
+) -> Image.Image:
+    """Draw one line per entry: its images side by side, its caption above.
+
+    Args:
+        pairs: images of each line, equally many.
+        captions: one text per line.
+        side: drawn side of an image, pixels.
+
+    Raises:
+        ValueError: if nothing is given or the numbers of lines and captions differ.
+    """
+    if not pairs or len(pairs) != len(captions):
+        raise ValueError(
+            f"every line needs one caption, got {len(pairs)} lines and {len(captions)} captions"
+        )
+    text_height, margin = 16, 4
+    line_height = side + text_height + margin
+    columns = max(len(images) for images in pairs)
+    width = max(columns * (side + margin), 3 * side)
+    sheet = Image.new("RGB", (width, len(pairs) * line_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, (images, caption) in enumerate(zip(pairs, captions, strict=True)):
+        top = line * line_height
+        draw.text((2, top + 2), caption, fill="black")
+        for column, image in enumerate(images):
+            scaled = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (column * (side + margin), top + text_height))
+    return sheet
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary name, to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _label(metric: str) -> str:
+    if "_minus_" in metric:
+        return metric.replace("_minus_", " - ").replace("_", " ") + " (points)"
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def _cell(row: Row | None) -> str:
+    """Return '43.2 [40.1, 46.3]': percent, signed points for differences, plain for distances."""
+    if row is None:
+        return ""
+    numbers = (row.value, row.low, row.high)
+    if row.metric.startswith("latent_distance"):
+        value, low, high = (f"{number:.3f}" for number in numbers)
+    else:
+        sign = "+" if "_minus_" in row.metric else ""
+        value, low, high = (f"{100 * number:{sign}.1f}" for number in numbers)
+    return value if math.isnan(row.low) else f"{value} [{low}, {high}]"
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _no_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """Replace nan, which JSON does not have, by null."""
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in record.items()
+    }

@@ -1,0 +1,269 @@
+"""How cond, uncond and a weak head become one derivative: formulas, and the closure of a plan.
+
+Guidance is linear in ``d``, so these lines hold for every model family. All of it is computed in
+float32 at least, whatever the network's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from core2_sampler.plan import Kind, Plan
+from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead, Predict
+
+OnPair = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
+"""``on_pair(i, x, cond, gap, features)``: called where a step computed cond and uncond both."""
+
+Prompts = tuple[Conditioning, Conditioning | None]
+
+
+def weak(cond: Tensor, gap: Tensor, guidance_scale: float) -> Tensor:
+    """Return the head's guided derivative, ``cond + (guidance_scale - 1) * gap``.
+
+    Args:
+        cond: derivative with the prompt, [B, C, H, W].
+        gap: predicted ``cond - uncond``, same shape.
+        guidance_scale: 1 is exactly cond; with the true gap this is `strong`, bit for bit.
+
+    Returns:
+        ``d``, shape and dtype of `cond`.
+    """
+    wide = _wide(cond)
+    return torch.add(wide, _wide(gap), alpha=guidance_scale - 1).to(cond.dtype)
+
+
+def strong(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+    """Return classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``.
+
+    Args:
+        cond: derivative with the prompt, [B, C, H, W].
+        uncond: derivative with the negative prompt, same shape.
+        guidance_scale: 1 is exactly cond.
+
+    Returns:
+        ``d``, shape and dtype of `cond`.
+
+    Reference:
+        Ho & Salimans, arXiv 2207.12598, eq. 6, in the scale convention of Imagen.
+    """
+    return weak(cond, _wide(cond) - _wide(uncond), guidance_scale)
+
+
+def weak_to_strong(weak: Tensor, strong: Tensor, w2s_scale: float) -> Tensor:
+    """Return ``weak + w2s_scale * (strong - weak)``; exact at 0 (weak) and at 1 (strong).
+
+    Args:
+        weak: the head's guided derivative, [B, C, H, W].
+        strong: classifier-free guidance, same shape.
+        w2s_scale: above 1 it extrapolates past CFG, away from the head.
+
+    Returns:
+        ``d``, shape and dtype of `strong`.
+
+    Reference:
+        CoRe^2, arXiv 2503.09662, the slow mode of Refine.
+    """
+    return torch.lerp(_wide(weak), _wide(strong), w2s_scale).to(strong.dtype)
+
+
+def make_predict(
+    denoiser: Denoiser,
+    sigmas: Tensor,
+    plan: Plan,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    head: OutputHead | InModelHead | None = None,
+    *,
+    scale: Callable[[int], float] | None = None,
+    conditioning: Callable[[int], Prompts] | None = None,
+    on_pair: OnPair | None = None,
+    capture_features: bool = False,
+) -> Predict:
+    """Bind network, prompt, head and plan into the ``d = predict(x, i)`` that samplers call.
+
+    An in-model head is entered by the caller, with ``head.attached(denoiser.module)`` around the
+    whole run; here it is only turned on for the passes that need it. An output head is reset.
+
+    Args:
+        denoiser: the network of one family.
+        sigmas: noise levels, [N + 1] or [N]; step ``i`` is evaluated at ``sigmas[i]``.
+        plan: one entry a step, [N].
+        cond: the prompt.
+        uncond: the negative prompt; None if the plan never asks for it.
+        head: the weak head; None if the plan never asks for it.
+        scale: guidance scale of step ``i``, in place of the plan's; 1 or less makes the step cond.
+        conditioning: ``(cond, uncond)`` of step ``i``, in place of `cond` and `uncond`.
+        on_pair: called with ``(i, x, cond, gap, features)`` wherever both passes were made.
+        capture_features: hand the denoiser's last hidden state to `on_pair` even if the head
+            does not read it.
+
+    Returns:
+        The closure; its result has the dtype of the network's output.
+
+    Raises:
+        ValueError: the plan needs something that is missing or does not fit it.
+    """
+    if len(sigmas) not in (len(plan), len(plan) + 1):
+        raise ValueError(f"sigmas must cover the plan's {len(plan)} steps, got {len(sigmas)}")
+    if plan.needs_uncond and uncond is None and conditioning is None:
+        raise ValueError("the plan has CFG or slow steps and must get uncond, got None")
+    if plan.needs_head:
+        if head is None:
+            raise ValueError("the plan has fast or slow steps and must get a weak head, got None")
+        if head.in_model != plan.in_model:
+            raise ValueError(
+                f"plan.in_model must be that of the head ({head.in_model}), got {plan.in_model}; "
+                "make the plan with in_model=head.in_model"
+            )
+    if head is not None and not head.in_model:
+        cast(OutputHead, head).reset()
+    levels = [float(s) for s in sigmas.tolist()]
+    prompts = conditioning or (lambda _i: (cond, uncond))
+    return _Guided(denoiser, levels, plan, head, scale, prompts, on_pair, capture_features)
+
+
+@dataclass(slots=True, eq=False)
+class _Guided:
+    """`make_predict`'s closure, spelt out as an object so that each step kind is one method."""
+
+    denoiser: Denoiser
+    sigmas: Sequence[float]
+    plan: Plan
+    head: OutputHead | InModelHead | None
+    scale: Callable[[int], float] | None
+    prompts: Callable[[int], Prompts]
+    on_pair: OnPair | None
+    capture_features: bool
+    _joined: tuple[Prompts, Conditioning] | None = None
+
+    def __call__(self, x: Tensor, i: int) -> Tensor:
+        step = self.plan.steps[i]
+        scale = step.guidance_scale if self.scale is None else self.scale(i)
+        kind: Kind = step.kind if self.scale is None or scale > 1 else "cond"
+        sigma = torch.full((x.shape[0],), self.sigmas[i], device=x.device, dtype=_wide_dtype(x))
+        if kind == "cond":
+            return self.denoiser(x, sigma, self.prompts(i)[0])
+        if kind == "fast":
+            return self._fast(x, sigma, self.prompts(i)[0], scale)
+        cond, gap, features = self._pair(x, sigma, i)
+        guided = weak(_wide(cond), gap, scale)
+        if kind == "slow":
+            guess = self._weak(x, sigma, self.prompts(i)[0], scale, cond, features)
+            guided = weak_to_strong(guess, guided, step.w2s_scale)
+        if self.head is not None and not self.head.in_model:
+            cast(OutputHead, self.head).observe(gap)
+        if self.on_pair is not None:
+            self.on_pair(i, x, cond, gap, features)
+        return guided.to(cond.dtype)
+
+    def _fast(self, x: Tensor, sigma: Tensor, prompt: Conditioning, scale: float) -> Tensor:
+        head = self.head
+        if head is None or head.in_model:
+            return self._in_model(x, sigma, prompt, scale)
+        cond, features = self._pass(x, sigma, prompt, cast(OutputHead, head).needs_features)
+        return self._weak(x, sigma, prompt, scale, cond, features).to(cond.dtype)
+
+    def _weak(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        prompt: Conditioning,
+        scale: float,
+        cond: Tensor,
+        features: Tensor | None,
+    ) -> Tensor:
+        """Return the head's guided d in float32, from a finished cond pass if the head can."""
+        head = self.head
+        if head is None or head.in_model:
+            return self._in_model(x, sigma, prompt, scale)
+        gap = cast(OutputHead, head)(
+            cond,
+            x=x,
+            sigma=sigma,
+            prompt_embeds=prompt.prompt_embeds,
+            pooled=prompt.pooled,
+            features=features,
+        )
+        return weak(_wide(cond), gap, scale)
+
+    def _in_model(self, x: Tensor, sigma: Tensor, prompt: Conditioning, scale: float) -> Tensor:
+        with cast(InModelHead, self.head).active(scale):
+            return self.denoiser(x, sigma, prompt)
+
+    def _pair(self, x: Tensor, sigma: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Make ONE pass of [uncond; cond]; return cond, the gap in float32, the cond features."""
+        batch = x.shape[0]
+        both, features = self._pass(
+            torch.cat([x, x]),  # [2B, C, H, W]
+            torch.cat([sigma, sigma]),
+            self._join(self.prompts(i)),
+            self.capture_features or bool(getattr(self.head, "needs_features", False)),
+        )
+        uncond, cond = both.chunk(2)
+        gap = _wide(cond) - _wide(uncond)
+        return cond, gap, None if features is None else features[batch:]
+
+    def _pass(
+        self, x: Tensor, sigma: Tensor, prompt: Conditioning, capture: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with self.denoiser.capture_features() if capture else nullcontext() as read:
+            d = self.denoiser(x, sigma, prompt)
+            return d, None if read is None else read()
+
+    def _join(self, prompts: Prompts) -> Conditioning:
+        cond, uncond = prompts
+        if uncond is None:
+            raise ValueError("a CFG or slow step must get uncond, got None")
+        if self._joined is None or any(
+            a is not b for a, b in zip(self._joined[0], prompts, strict=True)
+        ):
+            self._joined = (prompts, join(uncond, cond))
+        return self._joined[1]
+
+
+def join(uncond: Conditioning, cond: Conditioning) -> Conditioning:
+    """Return both prompts as one batch, negative first, as diffusers lays it out.
+
+    Args:
+        uncond: the negative prompt, B rows.
+        cond: the prompt, B rows.
+
+    Returns:
+        The batch of 2B rows; tensors in ``extra`` are joined too, other values are cond's.
+    """
+    return Conditioning(
+        torch.cat([uncond.prompt_embeds, cond.prompt_embeds]),
+        torch.cat([uncond.pooled, cond.pooled]),
+        _join_extra(uncond.extra, cond.extra),
+    )
+
+
+def _join_extra(uncond: Mapping[str, Any], cond: Mapping[str, Any]) -> dict[str, Any]:
+    if uncond.keys() != cond.keys():
+        raise ValueError(
+            f"cond and uncond must carry the same extra arguments, got {sorted(cond)} and "
+            f"{sorted(uncond)}"
+        )
+    joined: dict[str, Any] = {}
+    for name, value in cond.items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([uncond[name], value])
+        elif isinstance(value, Mapping):
+            joined[name] = _join_extra(uncond[name], value)
+        else:
+            joined[name] = value
+    return joined
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:
@@ -27,7 +27,7 @@ def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind}: got {name!r}; {hint}choose one of {', '.join(known)}")
 
 
-class Registry:
+class Registry(Generic[Entry]):
     """Objects of one kind by name; an entry ``"module:Attr"`` is imported on first use.
 
     Args:
@@ -41,7 +41,7 @@ class Registry:
         for name, target in (entries or {}).items():
             self._add(name, _Lazy(target))
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that registers a class or function under ``name``.
 
         Args:
@@ -54,13 +54,13 @@ class Registry:
             ValueError: the name is taken.
         """
 
-        def add(value: T) -> T:
+        def add(value: Entry) -> Entry:
             self._add(name, value)
             return value
 
         return add
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> Entry:
         """Return the object registered under ``name``, importing it if need be.
 
         Args:

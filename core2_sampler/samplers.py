@@ -1,0 +1,161 @@
+"""Solvers of the sampling ODE ``dx/dsigma = d(x, sigma)``; they know no prompt and no pipeline.
+
+Every solver takes ``d = predict(x, i)`` and the noise levels ``sigmas`` [N + 1]. ``on_step(i, x)``
+is called with the latents after each step, and a tensor that it returns takes their place. Latents
+keep their dtype from step to step; the updates are computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core2_sampler.types import OnStep, Predict
+
+Path = Literal["flow", "ve"]
+
+
+@torch.no_grad()
+def sample_euler(
+    predict: Predict, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
+) -> Tensor:
+    """Solve with Euler steps: DDIM (eta 0) for eps models, flow-match Euler for velocity models.
+
+    Args:
+        predict: ``d = predict(x, i)`` at ``sigmas[i]``.
+        x: latents at ``sigmas[0]``, [B, C, H, W].
+        sigmas: noise levels in the order of the steps, [N + 1].
+        on_step: see the module.
+
+    Returns:
+        Latents at ``sigmas[N]``.
+    """
+    levels = sigmas.tolist()
+    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        x = _after(on_step, i, _euler(x, predict(x, i), sigma_next - sigma))
+    return x
+
+
+@torch.no_grad()
+def invert_euler(
+    predict: Predict, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
+) -> Tensor:
+    """Undo `sample_euler` to first order: the same steps with the noise levels swapped.
+
+    Step ``i`` goes from ``sigmas[i + 1]`` back to ``sigmas[i]`` and asks ``predict(x, i)``, so the
+    closure of the forward run serves, and no network is asked at noise level 0.
+
+    Args:
+        predict: ``d = predict(x, i)`` at ``sigmas[i]``, as for `sample_euler`.
+        x: latents at ``sigmas[N]``, [B, C, H, W].
+        sigmas: noise levels in the order of the forward steps, [N + 1].
+        on_step: see the module; called with N - 1 first.
+
+    Returns:
+        Latents at ``sigmas[0]``.
+
+    Reference:
+        Z-Sampling, arXiv 2412.10891: the zag step.
+    """
+    levels = sigmas.tolist()
+    for i in reversed(range(len(levels) - 1)):
+        x = _after(on_step, i, _euler(x, predict(x, i), levels[i] - levels[i + 1]))
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    predict: Predict,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    path: Path = "flow",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Solve with DPM-Solver++(2M): second order at one evaluation a step.
+
+    Args:
+        predict: ``d = predict(x, i)`` at ``sigmas[i]``.
+        x: latents at ``sigmas[0]``, [B, C, H, W].
+        sigmas: noise levels, descending, [N + 1].
+        path: the signal's factor: ``flow`` is 1 - sigma (SD3.5, FLUX), ``ve`` is 1 (SDXL).
+        on_step: see the module.
+
+    Returns:
+        Latents at ``sigmas[N]``.
+
+    Reference:
+        Lu et al., arXiv 2211.01095, algorithm 2.
+    """
+    levels = sigmas.tolist()
+    x0_before, h_before = None, 0.0
+    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        x0 = _wide(x) - sigma * predict(x, i)
+        h = _half_log_snr(sigma_next, path) - _half_log_snr(sigma, path)
+        guess = x0
+        # The first step has no past, and the last is infinitely long in log SNR: first order.
+        if x0_before is not None and sigma_next > 0 and math.isfinite(h_before):
+            guess = x0 + h / (2 * h_before) * (x0 - x0_before)
+        ratio = sigma_next / sigma
+        weight = _signal(sigma_next, path) - _signal(sigma, path) * ratio
+        x = _after(on_step, i, (ratio * _wide(x) + weight * guess).to(x.dtype))
+        x0_before, h_before = x0, h
+    return x
+
+
+@torch.no_grad()
+def sample_scheduler(
+    predict: Predict,
+    x: Tensor,
+    scheduler: Any,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Let a diffusers scheduler make the update, for those whose update has no closed form here.
+
+    Args:
+        predict: the model output at ``scheduler.timesteps[i]``, as the scheduler expects it.
+        x: initial latents, [B, C, H, W].
+        scheduler: set by ``set_timesteps``; its ``step`` is called once for each timestep.
+        generator: for schedulers that draw noise; not for those whose step takes none.
+        on_step: see the module.
+
+    Returns:
+        Latents after the last timestep.
+    """
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for i, t in enumerate(scheduler.timesteps):
+        d = predict(x, i).to(x.dtype)
+        x_next = scheduler.step(d, t, x, return_dict=False, **extra)[0]
+        x = _after(on_step, i, x_next.to(x.dtype))
+    return x
+
+
+def _euler(x: Tensor, d: Tensor, dt: float) -> Tensor:
+    return torch.add(_wide(x), d, alpha=dt).to(x.dtype)
+
+
+def _after(on_step: OnStep | None, i: int, x: Tensor) -> Tensor:
+    replaced = None if on_step is None else on_step(i, x)
+    return x if replaced is None else replaced
+
+
+def _signal(sigma: float, path: Path) -> float:
+    return 1 - sigma if path == "flow" else 1.0
+
+
+def _half_log_snr(sigma: float, path: Path) -> float:
+    signal = _signal(sigma, path)
+    if sigma <= 0:
+        return math.inf
+    return math.log(signal / sigma) if signal > 0 else -math.inf
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

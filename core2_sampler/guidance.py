@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core2_sampler.plan import Kind, Plan
+from core2_sampler.precision import wide, wide_dtype
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead, Predict
 
 OnPair = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -34,8 +35,7 @@ def weak(cond: Tensor, gap: Tensor, guidance_scale: float) -> Tensor:
     Returns:
         ``d``, shape and dtype of `cond`.
     """
-    wide = _wide(cond)
-    return torch.add(wide, _wide(gap), alpha=guidance_scale - 1).to(cond.dtype)
+    return torch.add(wide(cond), wide(gap), alpha=guidance_scale - 1).to(cond.dtype)
 
 
 def strong(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
@@ -52,7 +52,7 @@ def strong(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     Reference:
         Ho & Salimans, arXiv 2207.12598, eq. 6, in the scale convention of Imagen.
     """
-    return weak(cond, _wide(cond) - _wide(uncond), guidance_scale)
+    return weak(cond, wide(cond) - wide(uncond), guidance_scale)
 
 
 def weak_to_strong(weak: Tensor, strong: Tensor, w2s_scale: float) -> Tensor:
@@ -69,7 +69,7 @@ def weak_to_strong(weak: Tensor, strong: Tensor, w2s_scale: float) -> Tensor:
     Reference:
         CoRe^2, arXiv 2503.09662, the slow mode of Refine.
     """
-    return torch.lerp(_wide(weak), _wide(strong), w2s_scale).to(strong.dtype)
+    return torch.lerp(wide(weak), wide(strong), w2s_scale).to(strong.dtype)
 
 
 def make_predict(
@@ -146,13 +146,13 @@ class _Guided:
         step = self.plan.steps[i]
         scale = step.guidance_scale if self.scale is None else self.scale(i)
         kind: Kind = step.kind if self.scale is None or scale > 1 else "cond"
-        sigma = torch.full((x.shape[0],), self.sigmas[i], device=x.device, dtype=_wide_dtype(x))
+        sigma = torch.full((x.shape[0],), self.sigmas[i], device=x.device, dtype=wide_dtype(x))
         if kind == "cond":
             return self.denoiser(x, sigma, self.prompts(i)[0])
         if kind == "fast":
             return self._fast(x, sigma, self.prompts(i)[0], scale)
         cond, gap, features = self._pair(x, sigma, i)
-        guided = weak(_wide(cond), gap, scale)
+        guided = weak(wide(cond), gap, scale)
         if kind == "slow":
             guess = self._weak(x, sigma, self.prompts(i)[0], scale, cond, features)
             guided = weak_to_strong(guess, guided, step.w2s_scale)
@@ -190,7 +190,7 @@ class _Guided:
             pooled=prompt.pooled,
             features=features,
         )
-        return weak(_wide(cond), gap, scale)
+        return weak(wide(cond), gap, scale)
 
     def _in_model(self, x: Tensor, sigma: Tensor, prompt: Conditioning, scale: float) -> Tensor:
         with cast(InModelHead, self.head).active(scale):
@@ -206,7 +206,7 @@ class _Guided:
             self.capture_features or bool(getattr(self.head, "needs_features", False)),
         )
         uncond, cond = both.chunk(2)
-        gap = _wide(cond) - _wide(uncond)
+        gap = wide(cond) - wide(uncond)
         return cond, gap, None if features is None else features[batch:]
 
     def _pass(
@@ -259,11 +259,3 @@ def _join_extra(uncond: Mapping[str, Any], cond: Mapping[str, Any]) -> dict[str,
         else:
             joined[name] = value
     return joined
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_wide_dtype(x))

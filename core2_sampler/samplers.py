@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from core2_sampler.precision import wide
 from core2_sampler.types import OnStep, Predict
 
 Path = Literal["flow", "ve"]
@@ -94,7 +95,7 @@ def sample_dpmpp_2m(
     levels = sigmas.tolist()
     x0_before, h_before = None, 0.0
     for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
-        x0 = _wide(x) - sigma * predict(x, i)
+        x0 = wide(x) - sigma * wide(predict(x, i))
         h = _half_log_snr(sigma_next, path) - _half_log_snr(sigma, path)
         guess = x0
         # The first step has no past, and the last is infinitely long in log SNR: first order.
@@ -102,7 +103,7 @@ def sample_dpmpp_2m(
             guess = x0 + h / (2 * h_before) * (x0 - x0_before)
         ratio = sigma_next / sigma
         weight = _signal(sigma_next, path) - _signal(sigma, path) * ratio
-        x = _after(on_step, i, (ratio * _wide(x) + weight * guess).to(x.dtype))
+        x = _after(on_step, i, (ratio * wide(x) + weight * guess).to(x.dtype))
         x0_before, h_before = x0, h
     return x
 
@@ -138,7 +139,7 @@ def sample_scheduler(
 
 
 def _euler(x: Tensor, d: Tensor, dt: float) -> Tensor:
-    return torch.add(_wide(x), d, alpha=dt).to(x.dtype)
+    return torch.add(wide(x), d, alpha=dt).to(x.dtype)
 
 
 def _after(on_step: OnStep | None, i: int, x: Tensor) -> Tensor:
@@ -155,7 +156,3 @@ def _half_log_snr(sigma: float, path: Path) -> float:
     if sigma <= 0:
         return math.inf
     return math.log(signal / sigma) if signal > 0 else -math.inf
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

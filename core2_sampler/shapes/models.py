@@ -1,0 +1,133 @@
+"""The networks of the Shapes world: stock classes at a size that a laptop trains in an hour or two.
+
+64x64 images become 16x16x4 latents (a VAE of factor 4), which SD3.5 and FLUX see as 64 tokens of
+2x2 and SDXL as a 16x16 map.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
+
+from core2_sampler.shapes.render import SIZE
+from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+
+LATENT_CHANNELS = 4
+LATENT_SIZE = SIZE // 4
+TEXT_WIDTH = 128  # of the text encoder; the pipelines hold it twice, as SD3.5 and SDXL hold two
+
+
+def build_vae() -> AutoencoderKL:
+    """Return an untrained autoencoder, factor 4, 0.65 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+    )
+
+
+def build_clip() -> CLIPModel:
+    """Return an untrained CLIP pair, 1.5 M parameters; its text tower serves the pipelines."""
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(),
+            vision_config=vision.to_dict(),
+            projection_dim=TEXT_WIDTH,
+        )
+    )
+
+
+def build_image_processor() -> CLIPImageProcessor:
+    """Return the preprocessing of the CLIP image tower: 64x64, mean and std 0.5."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def build_sd3() -> SD3Transformer2DModel:
+    """Return an untrained SD3.5-style transformer: 5 layers of width 192, 6.6 M parameters."""
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=5,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=2 * LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+
+
+def assemble_sd3(transformer: SD3Transformer2DModel, parts: Path) -> StableDiffusion3Pipeline:
+    """Return the stock SD3 pipeline of ``transformer`` and the trained parts in a folder.
+
+    Args:
+        transformer: a trained network of ``build_sd3``.
+        parts: folder that holds ``vae`` and ``text_encoder``.
+    """
+    encoder = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder")
+    tokenizer = build_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKL.from_pretrained(parts / "vae"),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )

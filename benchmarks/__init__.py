@@ -1,4 +1,4 @@
-"""Benchmarks: arms, paired studies, statistics and reports (imported as core2_sampler.benchmarks)."""
+"""Benchmarks: arms, paired studies, statistics and reports."""
 
 if __name__ == "benchmarks":  # pragma: no cover
-    raise ImportError("import core2_sampler.benchmarks, not the bare folder name")
+    raise ImportError("import core2_sampler.benchmarks, not the folder by its bare name")

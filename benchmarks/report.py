@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,12 +17,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-PACKAGES = ("core2-sampler", "torch", "diffusers", "transformers", "numpy", "scipy")
+from core2_sampler.info import environment
+from core2_sampler.trajectory import write_atomic
+
 LABELS = {
     "single_object": "single",
     "two_object": "two",
     "color_attr": "attribute",
-    "latent_distance_to_cfg": "distance to CFG",
 }
 
 
@@ -60,16 +58,11 @@ class Row:
     command: str
 
 
-def provenance(root: Path | None = None, **run: Any) -> dict[str, Any]:
-    """Return commit, versions and machine, with what the caller adds (device, dtype, seeds ...)."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    machine = f"{platform.system()} {platform.machine()}"
-    return {"commit": source_commit(root), "versions": versions, "machine": machine, **run}
+def provenance(device: str, **run: Any) -> dict[str, Any]:
+    """Return commit, device and versions, with what the caller adds (dtype, seeds ...)."""
+    about = environment(device)
+    about["versions"] |= {"scipy": metadata.version("scipy")}
+    return {"commit": source_commit(), **about, **run}
 
 
 def source_commit(root: Path | None = None) -> str:
@@ -105,7 +98,7 @@ def write_table(
     provenance: Mapping[str, Any],
     text: str = "",
 ) -> tuple[Path, Path]:
-    """Write ``path`` as Markdown and the same name with ``.json``; each replaces its old self whole.
+    """Write ``path`` as Markdown and its name with ``.json``; each replaces its old self whole.
 
     Args:
         path: the Markdown file; its folder is made.
@@ -128,9 +121,10 @@ def write_table(
     lines = [json.dumps(_no_nan(record), ensure_ascii=False) for record in records]
     notes = "\n".join(f"- {key}: {_note(value)}" for key, value in provenance.items())
     commands = "\n".join(f"    {command}" for command in dict.fromkeys(r.command for r in rows))
-    page = f"# {title}\n\n{markdown_table(rows)}\n\n{text.strip()}\n\nMade by\n\n{commands}\n\n{notes}\n"
-    write_text(path.with_suffix(".json"), "[\n" + ",\n".join(lines) + "\n]\n")
-    write_text(path, page)
+    parts = [f"# {title}", markdown_table(rows), text.strip(), "Made by", commands, notes]
+    page = "\n\n".join(part for part in parts if part) + "\n"
+    write_atomic(path.with_suffix(".json"), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+    write_atomic(path, page.encode())
     return path, path.with_suffix(".json")
 
 
@@ -185,28 +179,9 @@ def contact_sheet(
     return sheet
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name, to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _label(metric: str) -> str:
+    if metric.startswith("latent_distance_to_"):
+        return "distance to " + metric.removeprefix("latent_distance_to_").replace("_", " ")
     if "_minus_" in metric:
         return metric.replace("_minus_", " - ").replace("_", " ") + " (points)"
     return LABELS.get(metric, metric.replace("_", " "))

@@ -1,10 +1,10 @@
 """Means of clustered results with 95 % intervals.
 
-Images of one prompt are not independent, so the prompt is what gets resampled. ``scipy.stats.bootstrap``
-cannot cluster, but it does not have to: each prompt is first reduced to the mean of its own images
-(every prompt has equally many, so this loses nothing), and each task is one of scipy's independent
-samples, which stratifies the resampling by task. The score is the unweighted mean of the task means,
-as in GenEval.
+Images of one prompt are not independent, so the prompt is what gets resampled.
+``scipy.stats.bootstrap`` cannot cluster, but it does not have to: each prompt is first reduced to
+the mean of its own images (every prompt has equally many, so this loses nothing), and each task is
+one of scipy's independent samples, which stratifies the resampling by task. The score is the
+unweighted mean of the task means, as in GenEval (arXiv 2310.11513).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def prompt_means(
     for value, cluster, stratum in zip(data, clusters, strata, strict=True):
         images.setdefault(cluster, []).append(float(value))
         if task_of.setdefault(cluster, stratum) != stratum:
-            raise ValueError(f"prompt {cluster!r} is in two tasks: {task_of[cluster]!r}, {stratum!r}")
+            raise ValueError(
+                f"prompt {cluster!r} is in two tasks: {task_of[cluster]!r}, {stratum!r}"
+            )
     sizes = {len(group) for group in images.values()}
     if len(sizes) > 1:
         raise ValueError(f"every prompt must have equally many images, got {sorted(sizes)}")
@@ -127,7 +129,7 @@ def mean_estimate(
 
 
 def share_estimate(
-    correct: Sequence[bool],
+    correct: ArrayLike,
     clusters: Sequence[str],
     strata: Sequence[str],
     *,
@@ -142,7 +144,7 @@ def share_estimate(
     count once, the cautious reading.
 
     Args:
-        correct: one verdict per image, n of them.
+        correct: one verdict per image, true or false, [n].
         clusters: prompt of each image.
         strata: task of each image.
         n_resamples: bootstrap resamples.

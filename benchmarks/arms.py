@@ -1,0 +1,154 @@
+"""The arms of a study: which sampler, at how many steps and which scale, with which head.
+
+An ``ArmSpec`` is an arm before a study has chosen N and the guidance scale; ``spec.at(...)`` makes
+the ``Arm`` that runs. Later studies add their own specs to ``ARMS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from core2_sampler.plan import Core2Config, Mode, Plan
+from core2_sampler.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of sampling, ready to run.
+
+    Attributes:
+        name: what tables call it; does not influence the images.
+        mode: ``cond``, ``cfg`` or ``core``.
+        steps: sampling steps.
+        guidance_scale: scale of CFG and of the head; 1 is no guidance.
+        head: folder of a saved head, or the name of a control that needs no training.
+        slow_steps: how many steps, from the first, also pay for ``uncond``.
+        w2s_scale: weak-to-strong scale of the slow steps; 1 is plain CFG.
+    """
+
+    name: str
+    mode: Mode
+    steps: int
+    guidance_scale: float
+    head: str | None = None
+    slow_steps: int = 0
+    w2s_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise be ignored."""
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps} in arm {self.name!r}")
+        if (self.mode == "core") != (self.head is not None):
+            raise ValueError(
+                "an arm has a head if and only if its mode is 'core', "
+                f"got mode {self.mode!r} and head {self.head!r} in arm {self.name!r}"
+            )
+        if self.mode != "core" and (self.slow_steps, self.w2s_scale) != (0, 1.0):
+            raise ValueError(
+                f"slow_steps and w2s_scale are for mode 'core' only, got {self.slow_steps} and "
+                f"{self.w2s_scale} with mode {self.mode!r} in arm {self.name!r}"
+            )
+
+    def config(self) -> Core2Config:
+        """Return the value of the pipelines' ``core2=`` argument."""
+        if self.mode != "core":
+            return Core2Config(mode=self.mode)
+        return Core2Config(mode="core", slow_steps=self.slow_steps, w2s_scale=self.w2s_scale)
+
+    def plan(self, in_model: bool) -> Plan:
+        """Return the plan that the pipeline will make of it, for a head of that kind."""
+        return self.config().plan(self.steps, self.guidance_scale, in_model)
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """An arm relative to a study's number of steps N.
+
+    Attributes:
+        mode: ``cond``, ``cfg`` or ``core``.
+        head: which of the study's heads; a control that needs no training goes by its own name.
+        slow_share: share of the steps that are slow, in 0..1; above 0 it is at least one step.
+        w2s_scale: weak-to-strong scale of the slow steps.
+        steps_share: steps over N, in (0, 1].
+        about: one line for the table's legend.
+    """
+
+    mode: Mode
+    about: str
+    head: str | None = None
+    slow_share: float = 0.0
+    w2s_scale: float = 1.0
+    steps_share: float = 1.0
+
+    def at(self, name: str, steps: int, guidance_scale: float, heads: Mapping[str, str]) -> Arm:
+        """Return the arm at N = ``steps``.
+
+        Args:
+            name: the arm's name in tables.
+            steps: the study's N.
+            guidance_scale: the study's scale.
+            heads: folder of each head that the study has, by name.
+
+        Raises:
+            ValueError: if the arm would have no step, or its head is not among ``heads``.
+        """
+        own_steps = int(steps * self.steps_share)
+        if own_steps < 1:
+            raise ValueError(
+                f"arm {name!r} needs more steps: a share {self.steps_share} of {steps}"
+            )
+        slow = max(1, math.floor(own_steps * self.slow_share + 0.5)) if self.slow_share else 0
+        head = None
+        if self.head is not None:
+            head = heads.get(self.head, self.head if self.head in UNTRAINED else None)
+            if head is None:
+                raise ValueError(
+                    f"arm {name!r} needs a head {self.head!r}, got "
+                    f"{', '.join(heads) or 'none'}: give its folder as {self.head}=FOLDER"
+                )
+        return Arm(name, self.mode, own_steps, guidance_scale, head, slow, self.w2s_scale)
+
+
+ARMS: Registry[ArmSpec] = Registry("arm")
+UNTRAINED = ("last_gap",)
+"""Heads that have nothing to load."""
+
+for _name, _spec in {
+    "cond": ArmSpec("cond", "the prompt alone, no guidance"),
+    "cfg": ArmSpec("cfg", "classifier-free guidance, the reference"),
+    "cfg-half": ArmSpec("cfg", "CFG with half the steps: what the same NFE buys", steps_share=0.5),
+    "last-gap": ArmSpec("core", "last true gap reused after 1/7 slow steps", "last_gap", 4 / 28),
+    "affine": ArmSpec("core", "per-step affine map of cond, all fast", "affine"),
+    "adapter-fast": ArmSpec("core", "adapter head, all fast (E = 0)", "adapter"),
+    "tap-fast": ArmSpec("core", "tap head, all fast (E = 0)", "tap"),
+    "tap-quarter": ArmSpec("core", "tap head, first quarter slow (E = N/4)", "tap", 0.25),
+    "tap-w2s": ArmSpec("core", "tap head, all slow (E = N), w2s 1.5", "tap", 1.0, 1.5),
+}.items():
+    ARMS.register(_name)(_spec)
+
+FIRST_TABLE = (
+    "cond",
+    "cfg",
+    "cfg-half",
+    "last-gap",
+    "affine",
+    "adapter-fast",
+    "tap-fast",
+    "tap-quarter",
+    "tap-w2s",
+)
+
+
+def build_arms(
+    names: Sequence[str], steps: int, guidance_scale: float, heads: Mapping[str, str]
+) -> list[Arm]:
+    """Return the named arms at N = ``steps``.
+
+    Raises:
+        ValueError: for an unknown or repeated name, see ``ArmSpec.at`` and ``Registry.get``.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError(f"every arm may be named once, got {list(names)}")
+    return [ARMS.get(name).at(name, steps, guidance_scale, heads) for name in names]

@@ -1,0 +1,88 @@
+"""Keep what was generated: hashes of what made it, and one file per finished batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from core2_sampler.trajectory import write_atomic
+
+_NOT_CONFIG = {
+    "_name_or_path",
+    "_diffusers_version",
+    "_use_default_values",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+}
+
+
+class Kept(NamedTuple):
+    """One generated image: final latents [C, h, w], image [H, W, 3] uint8, counted NFE."""
+
+    latents: Tensor
+    image: Tensor
+    nfe: float
+
+
+def digest(*parts: Any) -> str:
+    """Return 16 hex digits that name ``parts``, which must be JSON."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_pipeline(pipe: Any) -> str:
+    """Hash weights, configs and vocabularies of everything in a pipeline but its weak head."""
+    parts = {n: hash_component(c) for n, c in pipe.components.items() if n != "weak_head"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hash_component(component: Any) -> str:
+    """Hash what decides a component's results: its class, config, weights and vocabulary."""
+    digest = hashlib.sha256(type(component).__name__.encode())
+    config = getattr(component, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    if hasattr(component, "get_vocab"):
+        digest.update(json.dumps(component.get_vocab(), sort_keys=True).encode())
+    if isinstance(component, nn.Module):
+        for name, tensor in sorted(component.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_batch(
+    folder: Path, keys: Sequence[str], latents: Tensor, images: Tensor, nfe: float
+) -> dict[str, Kept]:
+    """Keep a finished batch in one file; return it as ``read_batches`` will."""
+    tensors = {"latents": latents.contiguous(), "images": images.contiguous()}
+    data = save(tensors, {"keys": json.dumps(list(keys)), "nfe": repr(float(nfe))})
+    write_atomic(folder / f"{digest(list(keys))}.safetensors", data)
+    return _by_key(keys, latents, images, nfe)
+
+
+def read_batches(folder: Path) -> dict[str, Kept]:
+    """Return every image of the finished batches in a folder, by its key."""
+    kept: dict[str, Kept] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            latents, images = file.get_tensor("latents"), file.get_tensor("images")
+        kept |= _by_key(json.loads(about["keys"]), latents, images, float(about["nfe"]))
+    return kept
+
+
+def _by_key(keys: Sequence[str], latents: Tensor, images: Tensor, nfe: float) -> dict[str, Kept]:
+    rows = zip(keys, latents, images, strict=True)
+    return {key: Kept(latent, image, nfe) for key, latent, image in rows}

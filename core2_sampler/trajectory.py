@@ -1,0 +1,344 @@
+"""The trajectory store: what Collect writes and Reflect reads.
+
+A store is a folder of safetensors files, each written once and never changed::
+
+    rounds/000.json                 settings that every record of the round shares
+    prompts/<key>.safetensors       one prompt's encoding (each prompt once, whatever its seeds)
+    shards/<key>.safetensors        the rows of one work unit: step, sigma, x, cond, gap
+    shards/<key>.json               its index entry: records, size, sha256
+
+Every file appears by an atomic rename, and the index entry comes last: a unit is there with its
+entry or it does not exist. The index of the store is the set of entries, so processes that own
+different units need no lock, and a killed run loses only the unit that it was working on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from core2_sampler.rows import Rows, is_held_out, stable_hash, widen
+
+
+def write_atomic(path: Path, data: bytes, writer: int = 0) -> None:
+    """Write a file so that it is there complete, and durable, or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        data: its content.
+        writer: number of the process, so that two may write one file at the same time; a killed
+            process leaves at most ``<name>.<writer>.tmp``, which its next write replaces.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{writer}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class RecordKey(NamedTuple):
+    """What makes a trajectory unique within a store."""
+
+    prompt_id: str
+    seed: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trajectory: its prompt, seed, round and the guidance scale that drove it."""
+
+    prompt_id: str
+    prompt: str
+    seed: int
+    round: int
+    guidance_scale: float
+
+    @property
+    def key(self) -> RecordKey:
+        """Return what makes this trajectory unique within a store."""
+        return RecordKey(self.prompt_id, self.seed, self.round)
+
+    @property
+    def prompt_file(self) -> str:
+        """Return the name of the file with this prompt's encoding."""
+        return f"{stable_hash(self.prompt_id, self.prompt):016x}.safetensors"
+
+
+class TrajectoryStore:
+    """A folder of trajectories (see the module's docstring)."""
+
+    def __init__(self, root: str | Path, writer: int = 0) -> None:
+        """Open the store at ``root``, which the first write makes, as one of its writers."""
+        self.root = Path(root)
+        self.writer = writer
+
+    def _shard(self, name: str) -> Path:
+        return self.root / "shards" / f"{name}.safetensors"
+
+    def entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (unit name, index entry) of every complete unit, in a fixed order."""
+        for path in sorted((self.root / "shards").glob("*.json")):
+            yield path.stem, json.loads(path.read_text())
+
+    def records(self) -> dict[RecordKey, Record]:
+        """Return every record by its key.
+
+        Raises:
+            ValueError: if two units hold the same record.
+        """
+        found: dict[RecordKey, Record] = {}
+        for name, entry in self.entries():
+            for item in entry["records"]:
+                record = Record(**item)
+                if record.key in found:
+                    raise ValueError(
+                        f"each record must be stored once, got {record.key} twice in {self.root}: "
+                        f"remove shards/{name}.json and collect again"
+                    )
+                found[record.key] = record
+        return found
+
+    def pin_settings(self, round: int, settings: Mapping[str, Any]) -> None:
+        """Fix the settings that all records of a round share, or check them where they are fixed.
+
+        Raises:
+            ValueError: if the round was collected with other settings.
+        """
+        path = self.root / "rounds" / f"{round:03d}.json"
+        wanted = json.loads(json.dumps(settings))
+        if not path.exists():
+            write_atomic(path, json.dumps(wanted, indent=1).encode(), self.writer)
+            return
+        pinned = json.loads(path.read_text())
+        changed = [key for key in {*pinned, *wanted} if pinned.get(key) != wanted.get(key)]
+        if changed:
+            key = sorted(changed)[0]
+            raise ValueError(
+                f"round {round} of {self.root} must keep its settings ({key} {pinned.get(key)!r}), "
+                f"got {key} {wanted.get(key)!r}: take another round or another folder"
+            )
+
+    def write_unit(
+        self,
+        records: Sequence[Record],
+        rows: Mapping[str, Tensor],
+        encodings: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Store one work unit.
+
+        Args:
+            records: the trajectories of the unit.
+            rows: ``x``, ``cond``, ``gap`` and optional ``features`` [R, ...], with ``sigma``,
+                ``step`` and ``record`` (index into ``records``) [R].
+            encodings: tensors of each prompt by its ``Record.prompt_file``, without a batch axis.
+        """
+        for name, tensors in encodings.items():
+            path = self.root / "prompts" / name
+            if not path.exists():
+                write_atomic(path, _seal(tensors), self.writer)
+        data = save(_plain(rows))
+        name = f"{stable_hash([list(record.key) for record in records]):016x}"
+        entry = {
+            "records": [asdict(record) for record in records],
+            "rows": len(rows["step"]),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        write_atomic(self._shard(name), data, self.writer)
+        write_atomic(
+            self._shard(name).with_suffix(".json"), json.dumps(entry).encode(), self.writer
+        )
+
+    def remove_leftovers(self, num_writers: int) -> None:
+        """Remove half-written files that killed writers left; no reader ever looks at them.
+
+        Args:
+            num_writers: how many processes write now; this one cleans up after those whose number
+                it has, modulo this.
+        """
+        for path in self.root.glob("*/*.tmp"):
+            if int(path.suffixes[-2][1:]) % num_writers == self.writer:
+                path.unlink()
+
+    def verify(self) -> None:
+        """Check every file of the store against its checksum.
+
+        Raises:
+            ValueError: on the first file that is missing or was changed.
+        """
+        for name, entry in self.entries():
+            _check(self._shard(name), entry["sha256"] == _sha256(self._shard(name)))
+        for prompt_file in {record.prompt_file for record in self.records().values()}:
+            path = self.root / "prompts" / prompt_file
+            _check(path, path.exists() and _is_sealed(path))
+
+    def rows(self, select: Callable[[str], bool] = lambda prompt_id: True) -> StoredRows:
+        """Return the rows of the prompts whose id ``select`` accepts.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        shards: list[tuple[dict[str, Tensor], list[Path]]] = []
+        places, sigmas = [], []
+        for name, entry in self.entries():
+            records = [Record(**item) for item in entry["records"]]
+            wanted = torch.tensor([select(record.prompt_id) for record in records])
+            tensors = load_file(self._shard(name))
+            index = wanted[tensors["record"].long()].nonzero().flatten()
+            places.append(torch.stack([torch.full_like(index, len(shards)), index], 1))
+            sigmas.append(tensors["sigma"][index])
+            shards.append((tensors, [self.root / "prompts" / r.prompt_file for r in records]))
+        if not sum(map(len, places)):
+            raise ValueError(
+                f"{self.root} must hold rows of the wanted prompts, got none "
+                f"({len(shards)} units in all): collect first"
+            )
+        return StoredRows(shards, torch.cat(places), torch.cat(sigmas))
+
+    def source(self, held_out_share: float = 0.1, held_out_rows: int = 512) -> StoreSource:
+        """Check the store and return it as Reflect reads it.
+
+        Args:
+            held_out_share: share of the prompts kept for evaluation, 0 to 1 exclusive.
+            held_out_rows: at most so many of their rows are used.
+        """
+        self.verify()
+        train = self.rows(lambda prompt_id: not is_held_out(prompt_id, held_out_share))
+        held_out = self.rows(lambda prompt_id: is_held_out(prompt_id, held_out_share))
+        about = {
+            "store": self.root.name,
+            "records": len(self.records()),
+            "training_rows": len(train),
+            "held_out_share": held_out_share,
+            "rounds": {p.stem: json.loads(p.read_text()) for p in self.root.glob("rounds/*.json")},
+        }
+        return StoreSource(train, held_out, held_out_rows, about)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def _seal(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return a safetensors file with a checksum of its own.
+
+    Several processes may encode a prompt that they share, and their results differ by rounding, so
+    its checksum must travel with the file.
+    """
+    data = _plain(tensors)
+    return save(data, {"sha256": _digest(data)})
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["sha256"] == _digest(load_file(path))
+    except (SafetensorError, UnicodeDecodeError, TypeError, KeyError):
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(path: Path, intact: bool) -> None:
+    if not intact:
+        raise ValueError(
+            f"{path} must be as it was written, got a missing or changed file: remove it and "
+            "the shards/*.json that belong to it, and collect again"
+        )
+
+
+@lru_cache(maxsize=8192)
+def _encoding(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+class StoredRows:
+    """Random access to rows that stay in memory-mapped files until they are asked for."""
+
+    def __init__(
+        self,
+        shards: list[tuple[dict[str, Tensor], list[Path]]],
+        places: Tensor,
+        sigmas: Tensor,
+    ) -> None:
+        """Take (tensors, prompt file of each record) per shard and (shard, row) per row [N, 2]."""
+        self._shards = shards
+        self._places = places
+        self.sigmas = sigmas
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def take(self, index: Tensor) -> Rows:
+        """Return the rows at ``index`` [N], floating-point tensors in float32."""
+        rows: dict[str, list[Tensor]] = {}
+        prompts: dict[str, list[Tensor]] = {}
+        for shard, row in self._places[index].tolist():
+            tensors, files = self._shards[shard]
+            for name, tensor in tensors.items():
+                rows.setdefault(name, []).append(tensor[row])
+            for name, tensor in _encoding(files[int(tensors["record"][row])]).items():
+                prompts.setdefault(name, []).append(tensor)
+        del rows["record"]
+        stacked = {name: torch.stack(tensors) for name, tensors in (rows | prompts).items()}
+        return Rows.from_tensors({name: widen(tensor) for name, tensor in stacked.items()})
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Rows:
+        """Return ``batch_size`` rows drawn with replacement."""
+        return self.take(torch.randint(len(self), (batch_size,), generator=generator))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSource:
+    """A ``RowSource`` that reads a store."""
+
+    training: StoredRows
+    evaluation: StoredRows
+    held_out_rows: int
+    about: dict[str, Any]
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the training rows, [N]."""
+        return self.training.sigmas
+
+    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
+        """Return random rows of the training prompts."""
+        return self.training.sample(batch_size, generator)
+
+    def held_out(self, batch_size: int) -> Iterator[Rows]:
+        """Yield the same random rows of the held-out prompts each time."""
+        order = torch.randperm(len(self.evaluation), generator=torch.Generator().manual_seed(0))
+        for index in order[: self.held_out_rows].split(batch_size):
+            yield self.evaluation.take(index)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a head's card says about its data."""
+        return self.about

@@ -1,0 +1,329 @@
+"""Collect: run the base model with guidance and keep the states that it visits.
+
+Round 0 is driven by classifier-free guidance. A later, on-policy round is driven by the fast
+sampler with a trained head, so that the head meets the states that it will lead to itself; the
+true cond and gap are measured at each of them (DAgger).
+
+Reference:
+    CoRe^2, arXiv 2503.09662 (the Collect stage); DAgger, arXiv 1011.0686.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core2_sampler.config import option
+from core2_sampler.guidance import make_predict
+from core2_sampler.plan import Plan, Step
+from core2_sampler.rows import Rows, encoding_tensors, is_held_out, stable_hash, widen
+from core2_sampler.samplers import sample_euler
+from core2_sampler.trajectory import Record, TrajectoryStore
+from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead
+
+Encode = Callable[[list[str]], tuple[Conditioning, Conditioning]]
+"""``cond, uncond = encode(prompts)``: both sides of guidance for a batch of prompts."""
+
+Head = OutputHead | InModelHead
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One trajectory to collect."""
+
+    prompt: str
+    prompt_id: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CollectConfig:
+    """What to collect of each trajectory."""
+
+    guidance_scales: tuple[float, ...] = option(
+        (4.5,), help="scales that drive the trajectories, one drawn for each", min=1.0
+    )
+    steps_per_trajectory: int | None = option(
+        None, help="steps kept of each trajectory, drawn at random; none keeps all", min=1
+    )
+    batch_size: int = option(32, help="trajectories of one work unit, run together", min=1)
+    round: int = option(0, help="0, or the number of an on-policy round", min=0, max=999)
+    features: bool = option(False, help="store the denoiser's last hidden states too")
+
+
+def initial_latents(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Tensor:
+    """Return standard normal latents [B, C, H, W], each from its own CPU generator."""
+    noise = [torch.randn(latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(noise)
+
+
+def kept_steps(record: Record, num_steps: int, steps_per_trajectory: int | None) -> list[int]:
+    """Return the steps that are stored of a trajectory; they depend on nothing but its key."""
+    if steps_per_trajectory is None or steps_per_trajectory >= num_steps:
+        return list(range(num_steps))
+    generator = torch.Generator().manual_seed(stable_hash("steps", *record.key))
+    order = torch.randperm(num_steps, generator=generator)
+    return sorted(order[:steps_per_trajectory].tolist())
+
+
+def _record(job: Job, config: CollectConfig) -> Record:
+    draw = stable_hash("scale", job.prompt_id, job.seed, config.round)
+    scale = config.guidance_scales[draw % len(config.guidance_scales)]
+    return Record(job.prompt_id, job.prompt, job.seed, config.round, float(scale))
+
+
+def make_units(jobs: Sequence[Job], config: CollectConfig) -> list[list[Record]]:
+    """Cut the jobs into work units: at most ``batch_size`` trajectories of one guidance scale."""
+    by_scale: dict[float, list[Record]] = {}
+    for job in jobs:
+        record = _record(job, config)
+        by_scale.setdefault(record.guidance_scale, []).append(record)
+    size = config.batch_size
+    return [
+        records[start : start + size]
+        for _, records in sorted(by_scale.items())
+        for start in range(0, len(records), size)
+    ]
+
+
+def collect(
+    denoiser: Denoiser,
+    encode: Encode,
+    jobs: Sequence[Job],
+    store: TrajectoryStore,
+    config: CollectConfig,
+    *,
+    sigmas: Tensor,
+    latent_shape: tuple[int, int, int],
+    policy: Head | None = None,
+    about: dict[str, Any] | None = None,
+    num_processes: int = 1,
+    process_index: int = 0,
+    on_unit: Callable[[int, int], None] | None = None,
+) -> int:
+    """Run the jobs that the store does not hold yet, and store them.
+
+    The same call after a kill, with any batch size and any number of processes, ends in the same
+    records. Each process runs every ``num_processes``-th unit and writes files of its own.
+
+    Args:
+        denoiser: the base model.
+        encode: encodes prompts.
+        jobs: trajectories; prompt id and seed together must be unique.
+        store: where the rows go.
+        config: what to keep.
+        sigmas: noise levels, [S + 1], decreasing, the last 0.
+        latent_shape: (C, H, W) of one sample.
+        policy: the head of an on-policy round; None lets CFG drive.
+        about: facts on the model and the prompts, pinned to the round and checked on resume.
+        num_processes: how many processes share the jobs.
+        process_index: which of them this is.
+        on_unit: called after each unit with (trajectories done, trajectories of this process).
+
+    Returns:
+        The number of trajectories that this call added.
+
+    Raises:
+        ValueError: if a job occurs twice, the round was collected with other settings, or a
+            prediction is not finite.
+    """
+    if len({(job.prompt_id, job.seed) for job in jobs}) < len(jobs):
+        raise ValueError("prompt id and seed of a job must be unique together, got one twice")
+    store = TrajectoryStore(store.root, writer=process_index)
+    store.remove_leftovers(num_processes)
+    pinned = {key: value for key, value in asdict(config).items() if key != "batch_size"}
+    store.pin_settings(
+        config.round,
+        {**pinned, "sigmas": sigmas.tolist(), "policy": type(policy).__name__, **(about or {})},
+    )
+    done = store.records()
+    mine = make_units(jobs, config)[process_index::num_processes]
+    finished, added = 0, 0
+    for unit in mine:
+        missing = [record for record in unit if record.key not in done]
+        if missing:
+            rows, encodings = run_unit(
+                denoiser, encode, missing, config, sigmas, latent_shape, policy
+            )
+            store.write_unit(missing, rows, encodings)
+        finished, added = finished + len(unit), added + len(missing)
+        if on_unit is not None:
+            on_unit(finished, sum(map(len, mine)))
+    return added
+
+
+@torch.no_grad()
+def run_unit(
+    denoiser: Denoiser,
+    encode: Encode,
+    records: Sequence[Record],
+    config: CollectConfig,
+    sigmas: Tensor,
+    latent_shape: tuple[int, int, int],
+    policy: Head | None = None,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Sample the trajectories of one unit and return (rows, encodings) as a store takes them."""
+    cond, uncond = encode([record.prompt for record in records])
+    num_steps, scale = len(sigmas) - 1, records[0].guidance_scale
+    # A slow step with w2s_scale 0 goes where the fast step goes, and has measured the gap.
+    step = Step("cfg", scale) if policy is None else Step("slow", scale, w2s_scale=0.0)
+    recorder = _Recorder(
+        sigmas, [kept_steps(record, num_steps, config.steps_per_trajectory) for record in records]
+    )
+    predict = make_predict(
+        denoiser,
+        sigmas,
+        Plan((step,) * num_steps, in_model=policy is not None and policy.in_model),
+        cond,
+        uncond,
+        policy,
+        on_pair=recorder,
+        capture_features=config.features,
+    )
+    parameter = next(denoiser.module.parameters())
+    x = initial_latents([record.seed for record in records], latent_shape)
+    inside = policy.attached(denoiser.module) if isinstance(policy, InModelHead) else nullcontext()
+    with inside:
+        sample_euler(predict, x.to(parameter.device, parameter.dtype), sigmas)
+    halves = {name: _halve(tensor) for name, tensor in encoding_tensors(cond).items()}
+    encodings = {
+        record.prompt_file: {name: tensor[index] for name, tensor in halves.items()}
+        for index, record in enumerate(records)
+    }
+    return recorder.rows(), encodings
+
+
+class _Recorder:
+    """The ``on_pair`` of a run: keeps the chosen steps of each trajectory, on the CPU."""
+
+    def __init__(self, sigmas: Tensor, keep: Sequence[Sequence[int]]) -> None:
+        self._sigmas, self._keep = sigmas, keep
+        self._parts: list[dict[str, Tensor]] = []
+
+    def __call__(
+        self, i: int, x: Tensor, cond: Tensor, gap: Tensor, features: Tensor | None
+    ) -> None:
+        chosen = [index for index, steps in enumerate(self._keep) if i in steps]
+        if not chosen:
+            return
+        sigma = float(self._sigmas[i])
+        tensors = {"x": x, "cond": cond, "gap": gap}
+        if features is not None:
+            tensors["features"] = features
+        part = {name: _halve(tensor[chosen].cpu()) for name, tensor in tensors.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in part.values()):
+            raise ValueError(
+                f"states and predictions must be finite in float16, got others at step {i} "
+                f"(sigma {sigma:.4g})"
+            )
+        part["sigma"] = torch.full((len(chosen),), sigma)
+        part["step"] = torch.full((len(chosen),), i, dtype=torch.int32)
+        part["record"] = torch.tensor(chosen, dtype=torch.int32)
+        self._parts.append(part)
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return everything kept, [R, ...] each."""
+        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+
+
+def _halve(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
+
+
+class OnlineSource:
+    """A ``RowSource`` that collects what it returns and stores nothing; each row is used once."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        encode: Encode,
+        prompts: Sequence[tuple[str, str]],
+        config: CollectConfig,
+        *,
+        sigmas: Tensor,
+        latent_shape: tuple[int, int, int],
+        held_out_share: float = 0.1,
+        held_out_trajectories: int = 32,
+    ) -> None:
+        """Take the arguments of ``collect``, with prompts as (prompt id, text) and no jobs.
+
+        Raises:
+            ValueError: if the prompts leave nothing to train on or nothing to hold out.
+        """
+        self._parts: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+        for prompt in prompts:
+            self._parts[is_held_out(prompt[0], held_out_share)].append(prompt)
+        if not (self._parts[True] and self._parts[False]):
+            raise ValueError(
+                f"prompts must fill a training and a held-out part, got {len(prompts)} prompts at "
+                f"a held-out share of {held_out_share}: give more prompts or another share"
+            )
+        self._denoiser, self._encode, self._config = denoiser, encode, config
+        self._grid, self._latent_shape = sigmas, latent_shape
+        self._held_out_trajectories = held_out_trajectories
+        self._pool: Rows | None = None
+        self._evaluation: list[Rows] = []
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the sampling grid, [S]."""
+        return self._grid[:-1].float()
+
+    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
+        """Return rows of fresh trajectories, shuffled over as many as run together."""
+        while self._pool is None or len(self._pool) < batch_size:
+            fresh = self._run(False, self._config.batch_size, generator)
+            fresh = _take(fresh, torch.randperm(len(fresh), generator=generator))
+            self._pool = fresh if self._pool is None else _join([self._pool, fresh])
+        batch = _take(self._pool, slice(None, batch_size))
+        self._pool = _take(self._pool, slice(batch_size, None))
+        return batch
+
+    def held_out(self, batch_size: int) -> Iterator[Rows]:
+        """Yield the rows of a fixed set of trajectories of held-out prompts."""
+        if not self._evaluation:
+            generator = torch.Generator().manual_seed(0)
+            left = self._held_out_trajectories
+            while left > 0:
+                count = min(left, self._config.batch_size)
+                self._evaluation.append(self._run(True, count, generator))
+                left -= count
+        rows = _join(self._evaluation)
+        for start in range(0, len(rows), batch_size):
+            yield _take(rows, slice(start, start + batch_size))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a head's card says about its data."""
+        prompts = {"training_prompts": len(self._parts[False])}
+        return {"online": True, **prompts, **asdict(self._config), "sigmas": self._grid.tolist()}
+
+    def _run(self, held_out: bool, count: int, generator: torch.Generator) -> Rows:
+        """Collect ``count`` random trajectories of one guidance scale."""
+        prompts, scales = self._parts[held_out], self._config.guidance_scales
+        scale = scales[int(torch.randint(len(scales), (), generator=generator))]
+        picks = torch.randint(len(prompts), (count,), generator=generator).tolist()
+        seeds = torch.randint(2**62, (count,), generator=generator).tolist()
+        records = [
+            Record(prompt_id, prompt, seed, self._config.round, float(scale))
+            for (prompt_id, prompt), seed in zip((prompts[i] for i in picks), seeds, strict=True)
+        ]
+        rows, encodings = run_unit(
+            self._denoiser, self._encode, records, self._config, self._grid, self._latent_shape
+        )
+        owner = [encodings[records[index].prompt_file] for index in rows.pop("record").tolist()]
+        encoded = {name: torch.stack([each[name] for each in owner]) for name in owner[0]}
+        return Rows.from_tensors(rows | encoded).map(widen)
+
+
+def _take(rows: Rows, index: slice | Tensor) -> Rows:
+    return rows.map(lambda tensor: tensor[index])
+
+
+def _join(parts: Sequence[Rows]) -> Rows:
+    tensors = [part.tensors() for part in parts]
+    return Rows.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})

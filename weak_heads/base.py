@@ -1,0 +1,78 @@
+"""What every weak head has in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from core2_sampler.types import Denoiser
+
+
+class WeakHead(ModelMixin, ConfigMixin):
+    """A small model that predicts the gap; zero-initialised, so that untrained it means cond.
+
+    An output head (``in_model`` False) is called on a finished cond pass, as ``OutputHead`` says.
+    An in-model head changes the denoiser's pass, as ``InModelHead`` says. Each is saved with
+    ``save_pretrained`` as ``config.json`` and safetensors; the config has at least ``family`` and
+    ``latent_channels``.
+    """
+
+    in_model = False
+    needs_features = False
+
+    @classmethod
+    def for_denoiser(cls, denoiser: Denoiser, *, seed: int = 0, **options: Any) -> Self:
+        """Build an untrained head that fits a denoiser, on its device.
+
+        Args:
+            denoiser: the base model.
+            seed: of the initial weights; the global random state is left alone.
+            options: arguments of the head's constructor that do not follow from the denoiser.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = cls(**cls.fit_config(denoiser), **options)
+        return head.to(next(denoiser.module.parameters()).device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
+        """Load a head as ``ModelMixin`` does, but from safetensors only, never from a pickle."""
+        return super().from_pretrained(path, **(kwargs | {"use_safetensors": True}))
+
+    @classmethod
+    def fit_config(cls, denoiser: Denoiser) -> dict[str, Any]:
+        """Return the arguments of the constructor that follow from the denoiser."""
+        channels = network_config(denoiser).in_channels
+        return {"family": denoiser.family, "latent_channels": channels}
+
+    def reset(self) -> None:
+        """Forget what an earlier run left behind."""
+
+    def observe(self, gap: Tensor) -> None:
+        """See the true gap of a slow step."""
+
+    def check_family(self, family: str) -> None:
+        """Raise ValueError unless the head was made for this family."""
+        if self.config.family != family:
+            raise ValueError(
+                f"the weak head must be made for {family}, got one for {self.config.family}: "
+                "train one for this model"
+            )
+
+    def check_latents(self, channels: int) -> None:
+        """Raise ValueError unless the head was made for latents with so many channels."""
+        if self.config.latent_channels != channels:
+            raise ValueError(
+                f"latents must have {self.config.latent_channels} channels for this "
+                f"{type(self).__name__}, got {channels}: use the head of this model"
+            )
+
+
+def network_config(denoiser: Denoiser) -> Any:
+    """Return the diffusers config of the denoiser's network."""
+    return cast(Any, denoiser.module).config

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from core2_sampler.model_files import UNTRAINED
 from core2_sampler.plan import Core2Config, Mode, Plan
 from core2_sampler.registry import Registry
 
@@ -112,8 +113,6 @@ class ArmSpec:
 
 
 ARMS: Registry[ArmSpec] = Registry("arm")
-UNTRAINED = ("last_gap",)
-"""Heads that have nothing to load."""
 
 for _name, _spec in {
     "cond": ArmSpec("cond", "the prompt alone, no guidance"),

@@ -1,4 +1,4 @@
-"""The ``core2 bench`` commands: config dataclasses and what they run.
+"""The ``core2 bench`` commands: their options, and what they run.
 
 ``COMMANDS`` is what the command line mounts. Nothing heavy is imported before the input is known
 to be good.
@@ -7,20 +7,21 @@ to be good.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, build_arms
 from core2_sampler.config import ConfigError, option
+from core2_sampler.model_files import UNTRAINED, ModelFiles, find_head, find_model
 
 if TYPE_CHECKING:
     from core2_sampler.benchmarks.report import Row
     from core2_sampler.benchmarks.study import ArmResult, Study
 
-EMBEDDED = {"shapes-sd3": "sd3"}
 KNEE_LOSS = 0.01  # one point of overall
 NOTES = (
     "Values are percent with 95 % intervals: BCa bootstrap over whole prompts, stratified by task; "
@@ -30,122 +31,134 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StudyConfig:
     """What all bench commands share."""
 
-    model: str = option("shapes-sd3", help="Embedded model, folder or hub id.")
+    model: str = option("shapes-sd3", help="An embedded model, a folder or a hub id owner/name.")
     prompts: int = option(240, help="Held-out Shapes prompts.", min=1)
     split: Literal["test", "val"] = option(
-        "test", help="Held-out prompts to use: test for reporting, val for choosing."
+        "test", help="Which held-out prompts: test for reporting, val for choosing."
     )
     seeds: int = option(2, help="Images of each prompt; seeds 0, 1, ...", min=1)
     batch_size: int = option(96, help="Images generated at once.", min=1)
-    dtype: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast.")
-    device: str = option("auto", help="auto, cpu, cuda, ...")
-    threads: int | None = option(None, help="CPU threads; default: torch's own choice.", min=1)
+    dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
+    device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
+    threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
     cache: Path = option(
-        Path("results/cache"), help="Folder of finished batches; a later run takes them from there."
+        Path("out/bench"), help="Folder of finished batches; nothing in it is generated again."
     )
-    out: Path = option(Path("results/bench.md"), help="The table; its JSON lies beside it.")
 
 
-@dataclass(frozen=True)
-class ShapesConfig(StudyConfig):
+@dataclass(frozen=True, slots=True)
+class ShapesConfig:
     """Options of ``core2 bench shapes``."""
 
+    study: StudyConfig
     steps: tuple[int, ...] = option((28,), help="Number of steps N, or several.", min=1)
-    guidance_scale: float = option(4.5, help="Guidance scale of every arm.", min=1)
-    arms: tuple[str, ...] = option(FIRST_TABLE, help="Arms of the table, in its order.")
+    guidance_scale: float | None = option(
+        None, help="Scale of every arm; by default what the model's head was made for.", min=1
+    )
+    arms: tuple[str, ...] | None = option(
+        None, help=f"Arms, of: {', '.join(FIRST_TABLE)}; by default those whose heads are given."
+    )
     heads: tuple[str, ...] = option(
-        (), help="Folders of the heads that the arms need: adapter=FOLDER,tap=FOLDER."
+        (), help="Folders of heads: tap=FOLDER,adapter=FOLDER; the model's own is known."
     )
     trajectories: Path | None = option(
-        None, help="Trajectory store to fit the affine control on, where no folder of it is given."
+        None, help="Trajectory store to fit the affine control on, where it has no folder."
     )
-    sheets: bool = option(False, help="Also draw the worst and best images of each arm.")
-    out: Path = option(Path("results/shapes.md"), help="The table; its JSON lies beside it.")
+    sheets: bool = option(False, help="Also draw each arm's worst and best images against CFG.")
+    out: Path = option(Path("out/shapes.md"), help="The table; its JSON lies beside it.")
 
 
-@dataclass(frozen=True)
-class SweepConfig(StudyConfig):
+@dataclass(frozen=True, slots=True)
+class SweepConfig:
     """Options of ``core2 bench sweep``."""
 
+    study: StudyConfig
     steps: int = option(28, help="Number of steps.", min=1)
     scales: tuple[float, ...] = option((1.0, 2.0, 3.0, 4.5, 7.0), help="Guidance scales.", min=1)
-    out: Path = option(Path("results/sweep.md"), help="The table; its JSON lies beside it.")
+    out: Path = option(Path("out/sweep.md"), help="The table; its JSON lies beside it.")
 
 
-@dataclass(frozen=True)
-class KneeConfig(StudyConfig):
+@dataclass(frozen=True, slots=True)
+class KneeConfig:
     """Options of ``core2 bench knee``."""
 
+    study: StudyConfig
     steps: tuple[int, ...] = option(
-        (4, 6, 8, 10, 12, 14, 20, 28), help="Numbers of steps N; each is run at 2N as well.", min=1
+        (4, 6, 8, 10, 12, 14, 20, 28), help="Numbers of steps N; each also runs at 2N.", min=1
     )
-    guidance_scale: float = option(4.5, help="Guidance scale: the best of the sweep.", min=1)
-    out: Path = option(Path("results/knee.md"), help="The table; its JSON lies beside it.")
+    guidance_scale: float | None = option(
+        None, help="Scale of CFG; by default what the model's head was made for.", min=1
+    )
+    out: Path = option(Path("out/knee.md"), help="The table; its JSON lies beside it.")
+
+
+BenchConfig = ShapesConfig | SweepConfig | KneeConfig
 
 
 def bench_shapes(config: ShapesConfig) -> None:
     """Compare ways of sampling on the Shapes world, on paired latents."""
-    heads = head_folders(config.heads)
-    store = config.trajectories if "affine" in config.arms and "affine" not in heads else None
-    if store is not None:
-        if not store.is_dir():
-            raise ConfigError(f"trajectories must be a folder, got {store}")
-        heads["affine"] = str(config.cache / "affine")
-    groups = [_arms(config.arms, n, config.guidance_scale, heads) for n in config.steps]
-    study = open_study(config)
-    if store is not None:
+    check_out(config.out)
+    model = find_model(config.study.model)
+    scale = model.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    heads = head_folders(config, model, scale)
+    names = available_arms(heads) if config.arms is None else config.arms
+    groups = [_arms(names, n, scale, heads) for n in config.steps]
+    study = open_study(config.study, model)
+    if config.trajectories is not None:
         from core2_sampler.benchmarks.runner import fit_affine
 
-        fit_affine(study, store).save_pretrained(heads["affine"])
+        fit_affine(study, config.trajectories).save_pretrained(heads["affine"])
     results = iter(run_arms(study, [arm for arms in groups for arm in arms]))
     rows: list[Row] = []
     for arms in groups:
         group = [next(results) for _ in arms]
         cfg = next((result for result in group if result.arm.name == "cfg"), None)
         for result in group:
-            other = None if result is cfg else cfg
-            rows += _rows(study, result, other, "cfg", command_line("shapes", config))
+            rows += _rows(study, result, None if result is cfg else cfg, "cfg", config)
         if config.sheets and cfg is not None:
-            _write_sheets(study, config, group, cfg)
-    _finish(config, rows, "Shapes: ways of sampling", legend(config.arms))
+            _write_sheets(study, config.out.with_suffix(""), group, cfg)
+    legend = "\n".join(f"- {name}: {ARMS.get(name).about}" for name in names)
+    _finish(config, rows, "Shapes: ways of sampling", legend)
 
 
 def bench_sweep(config: SweepConfig) -> None:
     """Measure stock CFG at several guidance scales."""
+    check_out(config.out)
     scales = sorted(set(config.scales))
-    study = open_study(config)
+    study = open_study(config.study, find_model(config.study.model))
     results = run_arms(study, [Arm("cfg", "cfg", config.steps, scale) for scale in scales])
     base = results[0] if scales[0] == 1 else None
     rows: list[Row] = []
     for result in results:
-        other = None if result is base else base
-        rows += _rows(study, result, other, "scale_1", command_line("sweep", config))
+        rows += _rows(study, result, None if result is base else base, "scale_1", config)
     overall = [row for row in rows if row.metric == "overall"]
     best = max(overall, key=lambda row: row.value)
     text = f"Best guidance scale: {best.guidance_scale:g}, overall {100 * best.value:.1f}"
     if base is not None:
         text += f", {100 * (best.value - overall[0].value):+.1f} points against scale 1"
-    _finish(config, rows, "Shapes: CFG at several guidance scales", f"{text}.\n\n{NOTES}")
+    _finish(config, rows, "Shapes: CFG at several guidance scales", text + ".")
 
 
 def bench_knee(config: KneeConfig) -> None:
     """Find the smallest number of steps at which CFG loses less than a point against twice it."""
+    check_out(config.out)
+    model = find_model(config.study.model)
+    scale = model.guidance_scale if config.guidance_scale is None else config.guidance_scale
     counts = sorted({n for steps in config.steps for n in (steps, 2 * steps)})
-    study = open_study(config)
-    arms = [Arm("cfg", "cfg", n, config.guidance_scale) for n in counts]
+    study = open_study(config.study, model)
+    arms = [Arm("cfg", "cfg", n, scale) for n in counts]
     results = dict(zip(counts, run_arms(study, arms), strict=True))
     rows: list[Row] = []
     for n, result in results.items():
-        double = results[2 * n] if n in config.steps else None
-        rows += _rows(study, result, double, "2n", command_line("knee", config))
+        rows += _rows(study, result, results[2 * n] if n in config.steps else None, "2n", config)
     knee = find_knee(rows)
     text = f"Knee: N = {knee}, the smallest of these" if knee else "No knee: there is no N here"
     text += f" at which CFG loses less than {100 * KNEE_LOSS:g} point of overall against 2N."
-    _finish(config, rows, "Shapes: how many steps CFG needs", f"{text}\n\n{NOTES}")
+    _finish(config, rows, "Shapes: how many steps CFG needs", text)
 
 
 COMMANDS: dict[str, tuple[type[Any], Any]] = {
@@ -162,78 +175,91 @@ def find_knee(rows: Sequence[Row]) -> int | None:
     return min((n for n, loss in losses.items() if loss < KNEE_LOSS), default=None)
 
 
-def head_folders(texts: Sequence[str]) -> dict[str, str]:
-    """Read ``name=folder`` texts.
+def check_out(path: Path) -> None:
+    """Raise ConfigError unless ``path`` can name a table."""
+    if path.suffix != ".md" or path.is_dir():
+        raise ConfigError(f"out must be a file that ends in .md, got {path}")
+
+
+def head_folders(config: ShapesConfig, model: ModelFiles, scale: float) -> dict[str, str]:
+    """Return the folder of every head at hand, by name: given, the model's own, to be fitted.
 
     Raises:
-        ConfigError: if a text looks otherwise, a name comes twice or a folder holds no head.
+        ConfigError: if a head does not look like ``name=FOLDER``, comes twice, does not exist,
+            is not of the model's family or was not made for this guidance scale.
     """
     heads: dict[str, str] = {}
-    for text in texts:
+    for text in config.heads:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder) or name in heads:
             raise ConfigError(f"heads must be name=FOLDER, each name once, got {text!r}")
-        if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(f"head {name!r} must be a folder with a config.json, got {folder}")
         heads[name] = folder
+    own = find_head(None, model)
+    if own is not None and own.folder is not None:
+        heads.setdefault(_kind(own.folder), str(own.folder))
+    for folder in heads.values():
+        found = find_head(folder, model)
+        if found is not None:
+            found.check_scale(scale)
+    if config.trajectories is not None:
+        if "affine" in heads or not config.trajectories.is_dir():
+            raise ConfigError(
+                "trajectories must be a folder, and without a head affine=FOLDER, "
+                f"got {config.trajectories}"
+            )
+        heads["affine"] = str(config.study.cache / "affine")
     return heads
 
 
-def command_line(name: str, config: StudyConfig) -> str:
+def available_arms(heads: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the arms of the first table that these heads are enough for."""
+    known = (None, *UNTRAINED, *heads)
+    return tuple(name for name in FIRST_TABLE if ARMS.get(name).head in known)
+
+
+def command_line(config: BenchConfig) -> str:
     """Return the command that makes the table again: the options that are not the defaults."""
+    name = next(name for name, (kind, _) in COMMANDS.items() if isinstance(config, kind))
     words = ["core2", "bench", name]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        flag = field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{flag}")
-        else:
-            items = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag}", ",".join(map(_number, items))]
+    for part in (config, config.study):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name == "study" or value == field.default:
+                continue
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                items = value if isinstance(value, tuple) else (value,)
+                words += [f"--{flag}", ",".join(map(_text, items))]
     return shlex.join(words)
 
 
-def legend(names: Sequence[str]) -> str:
-    """Return a list of what the arms are."""
-    lines = [f"- {name}: {ARMS.get(name).about}" for name in names]
-    return "\n".join([*lines, "", NOTES])
-
-
-def open_study(config: StudyConfig) -> Study:
-    """Load the model and make the study that a config describes.
+def open_study(config: StudyConfig, model: ModelFiles) -> Study:
+    """Load a model and make the study that a config describes.
 
     Raises:
-        ConfigError: if something that it names does not exist.
+        ConfigError: if there are not so many prompts, or no such device.
     """
-    if config.out.suffix != ".md":
-        raise ConfigError(f"out must be a file that ends in .md, got {config.out}")
+    from core2_sampler.info import pick_device
     from core2_sampler.shapes.world import held_out_prompts
 
     try:
         prompts = tuple(held_out_prompts(config.prompts, config.split))
+        device = pick_device(config.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    source = _model_source(config.model)
     import torch
 
     from core2_sampler.benchmarks.study import Study
-    from core2_sampler.info import pick_device
-    from core2_sampler.pipelines.adapters import sd3_denoiser
     from core2_sampler.pipelines.auto import load_pipeline
     from core2_sampler.shapes.judge import judge
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    try:
-        device = pick_device(config.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    pipe = load_pipeline(source).to(device)
     return Study(
-        pipe=pipe,
-        family=sd3_denoiser(pipe).family,
+        pipe=load_pipeline(model.source, dtype=torch.float32).to(device),
+        family=model.family,
         prompts=prompts,
         seeds=tuple(range(config.seeds)),
         judge=judge,
@@ -247,7 +273,7 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
     """Run arms with a progress bar each; every arm is checked before the first runs.
 
     Raises:
-        ConfigError: if an arm's head does not fit the model or the guidance scale.
+        ConfigError: if an arm's head does not fit the model.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -271,36 +297,35 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
 
 
 def _rows(
-    study: Study, result: ArmResult, other: ArmResult | None, against: str, command: str
+    study: Study, result: ArmResult, other: ArmResult | None, against: str, config: BenchConfig
 ) -> list[Row]:
     from core2_sampler.benchmarks.study import result_rows
 
-    return result_rows(study, result, other, against=against, command=command)
+    return result_rows(study, result, other, against=against, command=command_line(config))
 
 
-def _finish(config: StudyConfig, rows: Sequence[Row], title: str, text: str) -> None:
+def _finish(config: BenchConfig, rows: Sequence[Row], title: str, text: str) -> None:
     """Write the table and print it."""
     from core2_sampler.benchmarks.report import markdown_table, provenance, write_table
     from core2_sampler.info import pick_device
 
     about = provenance(
-        pick_device(config.device),
-        dtype=config.dtype,
-        prompts=f"{config.prompts} of split {config.split}",
-        seeds=list(range(config.seeds)),
+        pick_device(config.study.device),
+        model=config.study.model,
+        dtype=config.study.dtype,
+        prompts=f"{config.study.prompts} of split {config.study.split}",
+        seeds=list(range(config.study.seeds)),
     )
-    files = write_table(config.out, rows, title=title, provenance=about, text=text)
-    print(markdown_table(rows), text, f"written: {files[0]}, {files[1]}", sep="\n\n")
+    page = f"{text}\n\n{NOTES}"
+    files = write_table(config.out, rows, title=title, provenance=about, text=page)
+    print(markdown_table(rows), text, f"Wrote {files[0]} and {files[1]}", sep="\n\n")
 
 
-def _write_sheets(
-    study: Study, config: ShapesConfig, results: Sequence[ArmResult], cfg: ArmResult
-) -> None:
+def _write_sheets(study: Study, folder: Path, results: Sequence[ArmResult], cfg: ArmResult) -> None:
     """Draw, for each arm, images that only CFG got right and images that only the arm did."""
     from core2_sampler.benchmarks.report import contact_sheet
     from core2_sampler.benchmarks.study import worst_and_best
 
-    folder = config.out.with_suffix("")
     for result in results:
         kinds = zip(("worst", "best"), worst_and_best(result, cfg, 10), strict=True)
         for kind, picks in ((kind, picks) for kind, picks in kinds if picks):
@@ -313,26 +338,20 @@ def _write_sheets(
             contact_sheet(pairs, captions).save(folder / name)
 
 
-def _arms(names: Sequence[str], steps: int, scale: float, heads: dict[str, str]) -> list[Arm]:
+def _arms(names: Sequence[str], steps: int, scale: float, heads: Mapping[str, str]) -> list[Arm]:
     try:
         return build_arms(names, steps, scale, heads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _model_source(name: str) -> str:
-    """Return the folder or hub id behind a model's name."""
-    if name in EMBEDDED:
-        from core2_sampler.shapes import model_path
+def _kind(folder: Path) -> str:
+    """Return the registered name of the head in a folder, which ``find_head`` has checked."""
+    from core2_sampler.weak_heads import HEADS
 
-        return str(model_path(EMBEDDED[name]))
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise ConfigError(f"model must be a diffusers model, got {name}, without model_index.json")
-    if not Path(name).is_dir() and name.count("/") != 1:
-        known = ", ".join(EMBEDDED)
-        raise ConfigError(f"model must be {known}, a folder or a hub id owner/name, got {name!r}")
-    return name
+    made_by = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    return next(name for name in HEADS.names() if HEADS.get(name).__name__ == made_by)
 
 
-def _number(value: Any) -> str:
+def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core2_sampler.benchmarks.arms import UNTRAINED, Arm
+from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import (
     digest,
     hash_component,
@@ -26,6 +26,7 @@ from core2_sampler.benchmarks.cache import (
     write_batch,
 )
 from core2_sampler.benchmarks.study import DTYPES, ArmResult, Case, Study
+from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_latents
 from core2_sampler.trajectory import TrajectoryStore, write_atomic
@@ -96,7 +97,7 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
     pipe.set_progress_bar_config(disable=True)
     with count_nfe(pipe.transformer) as counter, _autocast(study):
         final = pipe(
-            **encode(study, cases),
+            **encode(study, cases, with_negative=plan.needs_uncond),
             latents=latents,
             num_inference_steps=arm.steps,
             guidance_scale=arm.guidance_scale,
@@ -112,7 +113,7 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
     return final.float().cpu(), decode(pipe, final), nfe
 
 
-def encode(study: Study, cases: Sequence[Case]) -> dict[str, Tensor]:
+def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[str, Tensor]:
     """Return the pipeline's embedding arguments for a batch; each prompt is encoded once."""
     texts = [case.prompt.text for case in cases]
     if new := sorted({text for text in texts if text not in study._embeds}):
@@ -125,7 +126,9 @@ def encode(study: Study, cases: Sequence[Case]) -> dict[str, Tensor]:
                 "negative_prompt_embeds": uncond.prompt_embeds[k],
                 "negative_pooled_prompt_embeds": uncond.pooled[k],
             }
-    names = study._embeds[texts[0]]
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    if with_negative:
+        names += ["negative_prompt_embeds", "negative_pooled_prompt_embeds"]
     return {name: torch.stack([study._embeds[text][name] for text in texts]) for name in names}
 
 
@@ -184,7 +187,7 @@ def fit_affine(study: Study, trajectories: Path) -> WeakHead:
     rows = TrajectoryStore(trajectories).rows()
     head = HEADS.get("affine").for_denoiser(sd3_denoiser(study.pipe))
     head.fit(rows.take(index) for index in torch.arange(len(rows)).split(4096))
-    return cast(WeakHead, head)
+    return head
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""Plans: costs counted by hand, and every bad input refused before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from core2_sampler.plan import PRESETS, Core2Config, Plan, Step, make_plan, resolve_config
+
+
+def kinds(plan):
+    return [step.kind for step in plan.steps]
+
+
+@pytest.mark.parametrize(
+    ("options", "nfe"),
+    [
+        ({"mode": "cond"}, 8),
+        ({"mode": "cfg"}, 16),
+        ({"mode": "core"}, 8),
+        ({"mode": "core", "slow_steps": 3}, 11),
+        ({"mode": "core", "slow_steps": 8}, 16),
+        ({"mode": "core", "slow_steps": 3, "in_model": True}, 14),
+        ({"mode": "core", "slow_steps": 3, "in_model": True, "w2s_scale": 1.0}, 11),
+    ],
+)
+def test_nfe(options, nfe):
+    plan = make_plan(num_steps=8, guidance_scale=4.0, **options)
+    assert plan.nfe == nfe
+    assert len(plan) == 8
+
+
+def test_slow_steps_come_first_or_where_they_are_put():
+    assert kinds(make_plan("core", 4, 3.0, slow_steps=2)) == ["slow", "slow", "fast", "fast"]
+    plan = make_plan("core", 4, 3.0, slow_steps=(0, 3), w2s_scale=2.0)
+    assert kinds(plan) == ["slow", "fast", "fast", "slow"]
+    assert [step.w2s_scale for step in plan.steps] == [2.0, 1.0, 1.0, 2.0]
+
+
+def test_slow_at_w2s_1_is_cfg_and_needs_no_head():
+    plan = make_plan("core", 3, 3.0, slow_steps=3, w2s_scale=1.0)
+    assert plan == make_plan("cfg", 3, 3.0)
+    assert (plan.needs_head, plan.needs_uncond) == (False, True)
+    assert kinds(Plan((Step("slow", 3.0, 1.0),))) == ["cfg"]
+
+
+def test_needs():
+    fast, slow = make_plan("core", 3, 3.0), make_plan("core", 3, 3.0, slow_steps=1)
+    cond = make_plan("cond", 3, 3.0)
+    assert [(p.needs_head, p.needs_uncond) for p in (fast, slow, cond)] == [
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["cfg", "core"])
+def test_a_scale_of_1_or_less_is_a_cond_step(mode):
+    plan = make_plan(mode, 3, [1.0, 4.0, 0.0])
+    assert kinds(plan) == ["cond", "cfg" if mode == "cfg" else "fast", "cond"]
+    assert not make_plan(mode, 3, 1.0).needs_head
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "cor"}, "did you mean 'core'"),
+        ({"num_steps": 0}, "num_steps must be an int of at least 1, got 0"),
+        ({"num_steps": 2.0}, "num_steps"),
+        ({"guidance_scale": [3.0, 3.0]}, "one a step"),
+        ({"guidance_scale": math.nan}, "finite"),
+        ({"w2s_scale": math.inf, "slow_steps": 1}, "finite"),
+        ({"slow_steps": 5}, r"between 0 and the number of steps \(4\), got 5"),
+        ({"slow_steps": -1}, "between 0"),
+        ({"slow_steps": True}, "slow_steps"),
+        ({"slow_steps": 0.5}, "slow_steps"),
+        ({"slow_steps": (0, 4)}, r"0\.\.3"),
+        ({"slow_steps": (1, 1)}, "repeat"),
+        ({"slow_steps": (0.5,)}, "ints"),
+        ({"mode": "cfg", "slow_steps": 2}, "belongs to mode 'core'"),
+    ],
+)
+def test_bad_plans_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(**{"mode": "core", "num_steps": 4, "guidance_scale": 3.0, **options})
+
+
+def test_a_step_refuses_an_unknown_kind():
+    with pytest.raises(ValueError, match="did you mean 'fast'"):
+        Step("fas", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "nfe", "needs_head"),
+    [("fast", 28, True), ("balanced", 35, True), ("quality", 56, True)],
+)
+def test_presets(name, nfe, needs_head):
+    plan = resolve_config(name).plan(28, 4.5)
+    assert (plan.nfe, plan.needs_head) == (nfe, needs_head)
+    assert set(PRESETS) == {"fast", "balanced", "quality"}
+
+
+def test_config_shares_are_rounded_and_counts_are_taken():
+    assert kinds(Core2Config(slow_steps=0.5).plan(5, 3.0)).count("slow") == 3
+    assert kinds(Core2Config(slow_steps=1.0).plan(5, 3.0)).count("slow") == 5
+    assert kinds(Core2Config(slow_steps=1).plan(5, 3.0)).count("slow") == 1
+    assert kinds(Core2Config(slow_steps=[4]).plan(5, 3.0))[-1] == "slow"
+
+
+def test_config_scales_replace_the_single_one():
+    plan = Core2Config(mode="cfg", guidance_scales=(2.0, 1.0, 3.0)).plan(3, 9.0)
+    assert [step.guidance_scale for step in plan.steps] == [2.0, 1.0, 3.0]
+    with pytest.raises(ValueError, match="one a step"):
+        Core2Config(mode="cfg", guidance_scales=(2.0,)).plan(3, 9.0)
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match="share"):
+        Core2Config(slow_steps=1.5)
+    with pytest.raises(ValueError, match="unknown mode"):
+        Core2Config(mode="fast")
+    with pytest.raises(ValueError, match="did you mean 'quality'"):
+        resolve_config("qualty")
+    with pytest.raises(TypeError, match="preset name"):
+        resolve_config(3)
+
+
+def test_every_field_of_the_config_has_its_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(Core2Config))

@@ -45,6 +45,12 @@ class StudyConfig:
     dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
     device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
     threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
+    max_sequence_length: int = option(
+        256,
+        help="T5 tokens, as in the pipelines' call; zeros where there is no T5.",
+        min=1,
+        max=512,
+    )
     cache: Path = option(
         Path("out/bench"), help="Folder of finished batches; nothing in it is generated again."
     )
@@ -257,8 +263,9 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    pipe = load_pipeline(model.source, dtype=torch.float32, **dict.fromkeys(model.absent))
     return Study(
-        pipe=load_pipeline(model.source, dtype=torch.float32).to(device),
+        pipe=pipe.to(device),
         family=model.family,
         prompts=prompts,
         seeds=tuple(range(config.seeds)),
@@ -266,6 +273,7 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         folder=config.cache,
         batch_size=config.batch_size,
         dtype=config.dtype,
+        max_sequence_length=config.max_sequence_length,
     )
 
 
@@ -313,6 +321,7 @@ def _finish(config: BenchConfig, rows: Sequence[Row], title: str, text: str) -> 
         pick_device(config.study.device),
         model=config.study.model,
         dtype=config.study.dtype,
+        max_sequence_length=config.study.max_sequence_length,
         prompts=f"{config.study.prompts} of split {config.study.split}",
         seeds=list(range(config.study.seeds)),
     )

@@ -117,7 +117,7 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
     """Return the pipeline's embedding arguments for a batch; each prompt is encoded once."""
     texts = [case.prompt.text for case in cases]
     if new := sorted({text for text in texts if text not in study._embeds}):
-        length = sequence_length(study.pipe)
+        length = study.max_sequence_length
         cond, uncond = sd3_encode(study.pipe, new, [""] * len(new), max_sequence_length=length)
         for k, text in enumerate(new):
             study._embeds[text] = {
@@ -130,15 +130,6 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
     if with_negative:
         names += ["negative_prompt_embeds", "negative_pooled_prompt_embeds"]
     return {name: torch.stack([study._embeds[text][name] for text in texts]) for name in names}
-
-
-def sequence_length(pipe: Any) -> int:
-    """Return the T5 tokens to encode with: the stock 256, or CLIP's number where there is no T5.
-
-    Without a T5 these tokens are zeros, which still take attention; the Shapes models were trained
-    with as many of them as CLIP tokens.
-    """
-    return 256 if pipe.text_encoder_3 is not None else int(pipe.tokenizer_max_length)
 
 
 @torch.no_grad()
@@ -216,6 +207,7 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
         "head": hash_component(head) if plan.needs_head else None,
         "model": hash_pipeline(study.pipe),
         "dtype": study.dtype,
+        "max_sequence_length": study.max_sequence_length,
         "device": study.pipe.device.type,
     }
 

@@ -91,6 +91,8 @@ class Study:
         folder: where finished batches are kept.
         batch_size: images generated at once.
         dtype: ``fp32``, or ``bf16`` for autocast.
+        max_sequence_length: T5 tokens of a prompt, as in the pipelines' call; without a T5 they
+            are zeros, which still take attention.
     """
 
     pipe: Any
@@ -101,6 +103,7 @@ class Study:
     folder: Path
     batch_size: int = 96
     dtype: str = "fp32"
+    max_sequence_length: int = 256
     _embeds: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

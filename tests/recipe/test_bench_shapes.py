@@ -106,7 +106,6 @@ def test_cfg_arm_is_the_stock_pipeline(tmp_path):
             generator=case.generator(),
             num_inference_steps=4,
             guidance_scale=3.0,
-            max_sequence_length=16,
         ).images[0]
         difference = np.asarray(image).astype(int) - np.asarray(result.image(k)).astype(int)
         assert np.abs(difference).max() <= 1  # float32 sums in another order
@@ -183,7 +182,8 @@ def test_the_folder_is_decided_by_all_that_decides_the_images(tmp_path, heads):
     assert arm_folder(study, dataclasses.replace(CFG, guidance_scale=3.5), None) != base
     cond = dataclasses.replace(arms["cond"], guidance_scale=7.0)  # the scale does nothing there
     assert arm_folder(study, cond, None) == folders["cond"]
-    assert arm_folder(dataclasses.replace(study, dtype="bf16"), CFG, None) != base
+    for change in ({"dtype": "bf16"}, {"max_sequence_length": 16}):
+        assert arm_folder(dataclasses.replace(study, **change), CFG, None) != base
     for part in ("transformer", "vae", "text_encoder"):
         other = make_study(tmp_path)
         with torch.no_grad():
@@ -220,7 +220,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def study_config(model: str, root: Path) -> StudyConfig:
-    return StudyConfig(model=model, prompts=6, seeds=2, batch_size=8, cache=root, device="cpu")
+    return StudyConfig(
+        model=model,
+        prompts=6,
+        seeds=2,
+        batch_size=8,
+        max_sequence_length=16,
+        cache=root,
+        device="cpu",
+    )
 
 
 def read(path: Path) -> list[dict[str, object]]:

@@ -12,7 +12,9 @@ HEADS = {name: f"heads/{name}" for name in ("affine", "adapter", "tap")}
 
 def test_first_table_costs_what_its_captions_say():
     """Counted by hand at N = 28: a cond or fast step is 1, a CFG or slow step 2."""
-    nfe = {arm.name: arm.plan(in_model=False).nfe for arm in build_arms(FIRST_TABLE, 28, 4.5, HEADS)}
+    nfe = {
+        arm.name: arm.plan(in_model=False).nfe for arm in build_arms(FIRST_TABLE, 28, 4.5, HEADS)
+    }
     assert nfe == {
         "cond": 28,
         "cfg": 56,

@@ -1,4 +1,4 @@
-"""The ``core2 bench`` commands: their options, and what they run.
+"""The ``core2 bench`` commands: what they check and run.
 
 ``COMMANDS`` is what the command line mounts. Nothing heavy is imported before the input is known
 to be good.
@@ -6,16 +6,21 @@ to be good.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, build_arms
-from core2_sampler.config import ConfigError, option
+from core2_sampler.benchmarks.options import (
+    BenchConfig,
+    KneeConfig,
+    ShapesConfig,
+    StudyConfig,
+    SweepConfig,
+    command_line,
+)
+from core2_sampler.config import ConfigError
 from core2_sampler.model_files import UNTRAINED, ModelFiles, find_head, find_model
 
 if TYPE_CHECKING:
@@ -29,80 +34,6 @@ NOTES = (
     "same initial latents; distances are |x - y| / |y| of the final latents. NFE is counted on the "
     "denoiser."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StudyConfig:
-    """What all bench commands share."""
-
-    model: str = option("shapes-sd3", help="An embedded model, a folder or a hub id owner/name.")
-    prompts: int = option(240, help="Held-out Shapes prompts.", min=1)
-    split: Literal["test", "val"] = option(
-        "test", help="Which held-out prompts: test for reporting, val for choosing."
-    )
-    seeds: int = option(2, help="Images of each prompt; seeds 0, 1, ...", min=1)
-    batch_size: int = option(96, help="Images generated at once.", min=1)
-    dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
-    device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
-    threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
-    max_sequence_length: int = option(
-        256,
-        help="T5 tokens, as in the pipelines' call; zeros where there is no T5.",
-        min=1,
-        max=512,
-    )
-    cache: Path = option(
-        Path("out/bench"), help="Folder of finished batches; nothing in it is generated again."
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ShapesConfig:
-    """Options of ``core2 bench shapes``."""
-
-    study: StudyConfig
-    steps: tuple[int, ...] = option((28,), help="Number of steps N, or several.", min=1)
-    guidance_scale: float | None = option(
-        None, help="Scale of every arm; by default what the model's head was made for.", min=1
-    )
-    arms: tuple[str, ...] | None = option(
-        None, help=f"Arms, of: {', '.join(FIRST_TABLE)}; by default those whose heads are given."
-    )
-    heads: tuple[str, ...] = option(
-        (), help="Folders of heads: tap=FOLDER,adapter=FOLDER; the model's own is known."
-    )
-    trajectories: Path | None = option(
-        None, help="Trajectory store to fit the affine control on, where it has no folder."
-    )
-    sheets: bool = option(False, help="Also draw each arm's worst and best images against CFG.")
-    out: Path = option(Path("out/shapes.md"), help="The table; its JSON lies beside it.")
-
-
-@dataclass(frozen=True, slots=True)
-class SweepConfig:
-    """Options of ``core2 bench sweep``."""
-
-    study: StudyConfig
-    steps: int = option(28, help="Number of steps.", min=1)
-    scales: tuple[float, ...] = option((1.0, 2.0, 3.0, 4.5, 7.0), help="Guidance scales.", min=1)
-    out: Path = option(Path("out/sweep.md"), help="The table; its JSON lies beside it.")
-
-
-@dataclass(frozen=True, slots=True)
-class KneeConfig:
-    """Options of ``core2 bench knee``."""
-
-    study: StudyConfig
-    steps: tuple[int, ...] = option(
-        (4, 6, 8, 10, 12, 14, 20, 28), help="Numbers of steps N; each also runs at 2N.", min=1
-    )
-    guidance_scale: float | None = option(
-        None, help="Scale of CFG; by default what the model's head was made for.", min=1
-    )
-    out: Path = option(Path("out/knee.md"), help="The table; its JSON lies beside it.")
-
-
-BenchConfig = ShapesConfig | SweepConfig | KneeConfig
 
 
 def bench_shapes(config: ShapesConfig) -> None:
@@ -221,24 +152,6 @@ def available_arms(heads: Mapping[str, str]) -> tuple[str, ...]:
     """Return the arms of the first table that these heads are enough for."""
     known = (None, *UNTRAINED, *heads)
     return tuple(name for name in FIRST_TABLE if ARMS.get(name).head in known)
-
-
-def command_line(config: BenchConfig) -> str:
-    """Return the command that makes the table again: the options that are not the defaults."""
-    name = next(name for name, (kind, _) in COMMANDS.items() if isinstance(config, kind))
-    words = ["core2", "bench", name]
-    for part in (config, config.study):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if field.name == "study" or value == field.default:
-                continue
-            flag = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{flag}")
-            else:
-                items = value if isinstance(value, tuple) else (value,)
-                words += [f"--{flag}", ",".join(map(_text, items))]
-    return shlex.join(words)
 
 
 def open_study(config: StudyConfig, model: ModelFiles) -> Study:
@@ -360,7 +273,3 @@ def _kind(folder: Path) -> str:
 
     made_by = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
     return next(name for name in HEADS.names() if HEADS.get(name).__name__ == made_by)
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

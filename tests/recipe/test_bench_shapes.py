@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,13 @@ from diffusers import StableDiffusion3Pipeline
 from core2_sampler.benchmarks import cli, runner
 from core2_sampler.benchmarks.arms import FIRST_TABLE, Arm, build_arms
 from core2_sampler.benchmarks.cache import read_batches
-from core2_sampler.benchmarks.cli import KneeConfig, ShapesConfig, StudyConfig, SweepConfig
+from core2_sampler.benchmarks.options import (
+    KneeConfig,
+    ShapesConfig,
+    StudyConfig,
+    SweepConfig,
+    command_line,
+)
 from core2_sampler.benchmarks.runner import arm_folder, run_arm
 from core2_sampler.benchmarks.study import Study, latent_distance, result_rows, worst_and_best
 from core2_sampler.collect import CollectConfig, Job, collect
@@ -325,7 +332,7 @@ def test_the_command_of_a_table_gives_its_config_again(tmp_path, model):
         heads=("tap=a b",),
         out=Path("x.md"),
     )
-    words = cli.shlex.split(cli.command_line(config))
+    words = shlex.split(command_line(config))
     assert words[:3] == ["core2", "bench", "shapes"]
     given = dict(zip(words[3::2], words[4::2], strict=True))
     options = {flag.removeprefix("--").replace("-", "_"): value for flag, value in given.items()}

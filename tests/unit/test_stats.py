@@ -1,4 +1,4 @@
-"""Clustered bootstrap: against scipy's own in the unclustered case, and coverage of a known mean."""
+"""Clustered bootstrap: scipy's own in the unclustered case, and coverage of a known mean."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_unclustered_case_is_scipy_bootstrap_of_the_images():
 
 
 def test_interval_width_is_that_of_the_clustered_standard_error():
-    """Independent formula: SE^2 = mean over tasks of var(prompt means)/n, over the number of tasks."""
+    """Independent formula: SE^2 = sum over tasks of var(prompt means) / n, over (tasks)^2."""
     values, clusters, strata = clustered(np.random.default_rng(2), n_prompts=200, n_images=2)
     groups = prompt_means(values, clusters, strata)
     variances = [g.var(ddof=1) / len(g) for g in groups.values()]

@@ -109,13 +109,14 @@ class AdapterHead(WeakHead):
         """Hook into the denoiser, still off; on exit the denoiser is as it was.
 
         Raises:
-            ValueError: if the denoiser has other layers than the head was made for, its attention
-                projections are fused, or the head is attached already.
+            ValueError: if the denoiser has other layers or latents than the head was made for, its
+                attention projections are fused, or the head is attached already.
         """
         if self._attached:
             raise ValueError("a head must be attached once at a time, got a second denoiser")
         handles = []
         found = dict(module.named_modules())
+        self.check_latents(cast(Any, module).config.in_channels)
         for name, wanted in self.config.layers.items():
             got = _shape(found.get(name))
             if got != list(wanted):

@@ -37,7 +37,7 @@ class WeakHead(ModelMixin, ConfigMixin):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = cls(**cls.fit_config(denoiser), **options)
-        return head.to(next(denoiser.module.parameters()).device)
+        return head.to(next((p.device for p in denoiser.module.parameters()), "cpu"))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:

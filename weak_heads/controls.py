@@ -142,13 +142,13 @@ class AffineHead(WeakHead):
     ) -> Tensor:
         """Return the fitted gap, as ``cond`` [B, C, H, W]; ``sigma`` is [B]."""
         self.check_latents(cond.shape[1])
-        last = len(self.levels) - 1
-        above = torch.searchsorted(self.levels, sigma.float().contiguous()).clamp(max=last)
+        levels, coefficients = self.levels.float(), self.coefficients.float()
+        above = torch.searchsorted(levels, sigma.float().contiguous()).clamp(max=len(levels) - 1)
         below = (above - 1).clamp(min=0)
-        low, high = self.levels[below], self.levels[above]
+        low, high = levels[below], levels[above]
         share = ((sigma.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        picked = self.coefficients[below].lerp(self.coefficients[above], share[:, None, None])
-        a, b, c = picked.float()[..., None, None].unbind(2)  # [B, C, 1, 1]
+        picked = coefficients[below].lerp(coefficients[above], share[:, None, None])  # [B, C, 3]
+        a, b, c = picked[..., None, None].unbind(2)  # [B, C, 1, 1]
         return (a * cond.float() + b * x.float() + c).to(cond.dtype)
 
 

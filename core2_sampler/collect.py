@@ -185,11 +185,10 @@ def run_unit(
         on_pair=recorder,
         capture_features=config.features,
     )
-    parameter = next(denoiser.module.parameters())
-    x = initial_latents([record.seed for record in records], latent_shape)
+    x = initial_latents([record.seed for record in records], latent_shape).to(cond.prompt_embeds)
     inside = policy.attached(denoiser.module) if isinstance(policy, InModelHead) else nullcontext()
     with inside:
-        sample_euler(predict, x.to(parameter.device, parameter.dtype), sigmas)
+        sample_euler(predict, x, sigmas)
     halves = {name: _halve(tensor) for name, tensor in encoding_tensors(cond).items()}
     encodings = {
         record.prompt_file: {name: tensor[index] for name, tensor in halves.items()}

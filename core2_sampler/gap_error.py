@@ -53,7 +53,7 @@ def predict_gap(
 
 
 def _run(denoiser: Denoiser, rows: Rows) -> Tensor:
-    dtype = next(denoiser.module.parameters()).dtype
+    dtype = next((p.dtype for p in denoiser.module.parameters()), torch.float32)
     cast_rows = rows.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     return denoiser(cast_rows.x, rows.sigma, cast_rows.conditioning())
 

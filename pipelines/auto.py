@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from diffusers import DiffusionPipeline
 
+from core2_sampler.pipelines.stock import HUB_OPTIONS
 from core2_sampler.registry import Registry
 
 PIPELINES: Registry[Any] = Registry(
@@ -19,7 +20,6 @@ PIPELINES: Registry[Any] = Registry(
 """Our class for each stock class that a ``model_index.json`` may name."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 def load_pipeline(path_or_id: str | Path, **kwargs: Any) -> Any:
@@ -35,7 +35,7 @@ def load_pipeline(path_or_id: str | Path, **kwargs: Any) -> Any:
     Raises:
         ValueError: nothing is there, it is no diffusers model, or its family is not supported.
     """
-    options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     return pipeline_class(path_or_id, **options).from_pretrained(
         str(Path(path_or_id).expanduser()), **kwargs
     )

@@ -31,7 +31,13 @@ from transformers import (
 from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_timesteps
 from core2_sampler.pipelines.loop import Run, check_head, map_tensors, run_loop
-from core2_sampler.pipelines.stock import bind, from_pipe_as_is, rename_index, with_core2
+from core2_sampler.pipelines.stock import (
+    bind,
+    from_pipe_as_is,
+    from_pretrained_with_head,
+    rename_index,
+    with_core2,
+)
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
@@ -99,7 +105,13 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         weak_head: predicts the gap of classifier-free guidance, see `core2_sampler.weak_heads`.
     """
 
-    _optional_components = [*StableDiffusion3Pipeline._optional_components, "weak_head"]
+    # The stock class calls without T5, but can only load a folder that has one.
+    _optional_components = [
+        *StableDiffusion3Pipeline._optional_components,
+        "text_encoder_3",
+        "tokenizer_3",
+        "weak_head",
+    ]
     # Small, and an in-model head is never called itself, so no offload hook would ever move it.
     _exclude_from_cpu_offload = ["weak_head"]
 
@@ -283,6 +295,23 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         latents = (latents / config.scaling_factor) + config.shift_factor
         image = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(image, output_type=output_type)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """Load a stock folder or hub repository, with the weak head that it may hold.
+
+        Args:
+            pretrained_model_name_or_path: as the stock method.
+            **kwargs: as the stock method; ``weak_head`` among them.
+
+        Returns:
+            The pipeline.
+        """
+        return from_pretrained_with_head(
+            cls, StableDiffusion3Pipeline, pretrained_model_name_or_path, kwargs
+        )
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from diffusers import ModelMixin
+
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+"""Options of ``from_pretrained`` that say where an index is found."""
 
 
 def with_core2(stock_call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -84,6 +90,29 @@ def from_pipe_as_is(cls: Any, stock_class: Any, pipeline: Any, kwargs: dict[str,
     pipe = from_pipe(uncast, pipeline, **kwargs)
     pipe.__class__ = cls
     return pipe
+
+
+def from_pretrained_with_head(cls: Any, stock_class: Any, source: Any, kwargs: Any) -> Any:
+    """Run the stock ``from_pretrained`` so that it can load a head of any module.
+
+    The stock loader takes a component from a module outside diffusers only if that module also
+    holds the name of the base class; a head's own module need not know that.
+
+    Args:
+        cls: our pipeline class.
+        stock_class: the stock class it derives from.
+        source: folder or hub id.
+        kwargs: of the stock method.
+
+    Returns:
+        The pipeline.
+    """
+    if "weak_head" not in kwargs:
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        module, _ = cls.load_config(source, **options).get("weak_head") or (None, None)
+        if module is not None:
+            vars(importlib.import_module(module)).setdefault("ModelMixin", ModelMixin)
+    return stock_class.from_pretrained.__func__(cls, source, **kwargs)
 
 
 def rename_index(file: Path, class_name: str) -> None:

@@ -16,6 +16,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.callbacks import SD3CFGCutoffCallback
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from peft import LoraConfig
 from PIL import Image
 
@@ -622,3 +624,34 @@ def test_features_are_the_input_of_the_last_layer():
     image = tokens.reshape(2, 4, 4, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 8, 8)
     torch.testing.assert_close(image, d)
     assert not pipe.transformer.proj_out._forward_pre_hooks
+
+
+# IP-Adapter --------------------------------------------------------------------------------------
+
+
+def with_ip_adapter(pipe):
+    """Put random IP-Adapter weights into the transformer, as ``load_ip_adapter`` would."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer.set_attn_processor(
+            {
+                name: SD3IPAdapterJointAttnProcessor2_0(16, 16, 8, timesteps_emb_dim=16, scale=1.0)
+                for name in pipe.transformer.attn_processors
+            }
+        )
+        pipe.transformer.image_proj = IPAdapterTimeImageProjection(
+            embed_dim=12, output_dim=16, hidden_dim=16, dim_head=8, heads=2, num_queries=3, depth=1
+        )
+    return pipe
+
+
+def test_ip_adapter_embeddings_reach_both_halves():
+    pipe = with_ip_adapter(tiny_sd3_pipeline(weak_head=CondHead("sd3", 4)))
+    stock = stock_of(pipe)
+    image = 5 * torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    pair, alone = {"ip_adapter_image_embeds": image}, {"ip_adapter_image_embeds": image[1:]}
+    ours = sample(pipe, core2=CFG, **pair)
+    close(ours, sample(stock, **pair))
+    swapped = sample(pipe, core2=CFG, ip_adapter_image_embeds=image.flip(0))
+    assert not torch.allclose(ours, swapped, atol=1e-3)
+    close(sample(pipe, core2="fast", **pair), sample(stock, guidance_scale=1.0, **alone))

@@ -21,10 +21,12 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
 )
 
 from core2_sampler.shapes.render import SIZE
-from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = SIZE // 4
@@ -93,6 +95,23 @@ def build_image_processor() -> CLIPImageProcessor:
     )
 
 
+def build_t5() -> T5EncoderModel:
+    """Return an untrained T5 encoder, 1.2 M parameters, as wide as both CLIP embeddings joined."""
+    tokenizer = build_t5_tokenizer()
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=2 * TEXT_WIDTH,
+            d_kv=64,
+            d_ff=512,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
 def build_sd3() -> SD3Transformer2DModel:
     """Return an untrained SD3.5-style transformer: 5 layers of width 192, 6.6 M parameters."""
     return SD3Transformer2DModel(
@@ -116,7 +135,7 @@ def assemble_sd3(transformer: SD3Transformer2DModel, parts: Path) -> StableDiffu
 
     Args:
         transformer: a trained network of ``build_sd3``.
-        parts: folder that holds ``vae`` and ``text_encoder``.
+        parts: folder that holds ``vae``, ``text_encoder`` and ``text_encoder_3``.
     """
     encoder = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder")
     tokenizer = build_tokenizer()
@@ -128,6 +147,6 @@ def assemble_sd3(transformer: SD3Transformer2DModel, parts: Path) -> StableDiffu
         tokenizer=tokenizer,
         text_encoder_2=encoder,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=T5EncoderModel.from_pretrained(parts / "text_encoder_3"),
+        tokenizer_3=build_t5_tokenizer(),
     )

@@ -1,8 +1,10 @@
-"""The tokenizer of the Shapes world: a real CLIP tokenizer in which every word is one token."""
+"""The tokenizers of the Shapes world: a real CLIP and a real T5 one; every word is one token."""
 
 from __future__ import annotations
 
-from transformers import CLIPTokenizer
+from functools import cache
+
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from core2_sampler.shapes.world import COLORS, NUMBERS, PREFIXES, RELATIONS, SHAPES
 
@@ -26,8 +28,9 @@ def _byte_symbols() -> list[str]:
     return [table[byte] for byte in range(256)]
 
 
+@cache
 def build_tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer: bytes, then merges that build each word of the grammar."""
+    """Return the CLIP tokenizer: bytes, then merges that build each word of the grammar."""
     symbols = _byte_symbols()
     pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols)]
     merges: dict[tuple[str, str], None] = {}  # an ordered set
@@ -40,3 +43,14 @@ def build_tokenizer() -> CLIPTokenizer:
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=MAX_TOKENS)
+
+
+@cache
+def build_t5_tokenizer() -> T5Tokenizer:
+    """Return the T5 tokenizer: a unigram model of the words, with printable ASCII for the rest."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    letters = [(chr(code), -20.0) for code in range(33, 127)]
+    known = [("\u2581" + word, -2.0) for word in words()]
+    mask = [("<extra_id_0>", 0.0)]
+    vocab = [*special, ("\u2581", -10.0), *letters, *known, *mask]
+    return T5Tokenizer(vocab=vocab, extra_ids=1, model_max_length=MAX_TOKENS)

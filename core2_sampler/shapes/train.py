@@ -1,4 +1,4 @@
-"""Train the networks of the Shapes world from nothing: VAE, CLIP, then a denoiser.
+"""Train the networks of the Shapes world from nothing: VAE, CLIP, T5, then a denoiser.
 
 Every part is time-boxed, resumable after a kill (the same call goes on) and independent of the
 device. ``core2 shapes train --part vae --minutes 14 --out runs/shapes`` and so on; CONTRIBUTING has
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,22 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from core2_sampler.shapes import models
 from core2_sampler.shapes.render import render
-from core2_sampler.shapes.tokenizer import build_tokenizer
+from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
 from core2_sampler.shapes.world import Prompt, training_prompt
 from core2_sampler.training import Log, TimeBox, fit
 
-PARTS = ("vae", "clip", "sd3")
+PARTS = ("vae", "clip", "t5", "sd3")
 PROMPT_DROPOUT = 0.1
+LONG_SHARE = 0.08  # of the steps pad T5 to 256 tokens, as a stock pipeline does unless told not to
+LONG_TOKENS = 256
+_MASK_SHARE = 0.3  # of the words that T5 has to guess
 _KL_WEIGHT = 2e-3  # per latent element, against the mean absolute error of a pixel in [-1, 1]
-_BATCH = {"vae": 32, "clip": 192, "sd3": 128}
-_RATE = {"vae": 2e-3, "clip": 1e-3, "sd3": 1.5e-3}
+_BATCH = {"vae": 32, "clip": 192, "t5": 256, "sd3": 64}
+_RATE = {"vae": 2e-3, "clip": 1e-3, "t5": 2e-3, "sd3": 1e-3}
 
 
 def sample_prompts(part: str, step: int, count: int) -> list[Prompt]:
@@ -89,18 +93,64 @@ def _clip_loss(clip: CLIPModel, device: torch.device) -> Callable[[int], Tensor]
     return loss
 
 
-@torch.no_grad()
-def encode_text(encoder: CLIPTextModelWithProjection, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions as the SD3.5 pipeline does when both its CLIP slots hold ``encoder``.
+def _t5_loss(t5: T5EncoderModel, device: torch.device) -> Callable[[int], Tensor]:
+    """Guess masked words from the others; padding is seen, as pipelines let it be."""
+    tokenizer = build_t5_tokenizer()
+    mask_id, pad_id = tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.pad_token_id
 
-    Returns:
-        Token embeddings [B, 2 * 16, 256] (the second half is the empty T5 part) and pooled [B, 256].
-    """
-    tokens = build_tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt")
-    out = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
-    hidden = torch.cat([out.hidden_states[-2]] * 2, dim=-1)
-    pooled = torch.cat([out.text_embeds] * 2, dim=-1)
-    return torch.cat([hidden, torch.zeros_like(hidden)], dim=1), pooled
+    def loss(step: int) -> Tensor:
+        texts = [prompt.text for prompt in sample_prompts("t5", step, _BATCH["t5"])]
+        length = text_length(step)
+        if length == LONG_TOKENS:
+            texts = texts[: len(texts) // 8]
+        ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
+        ids = ids.input_ids.to(device)
+        generator = torch.Generator().manual_seed(step)
+        masked = (torch.rand(ids.shape, generator=generator) < _MASK_SHARE).to(device)
+        masked &= ids != pad_id
+        with _autocast(device):
+            hidden = t5(ids.masked_fill(masked, mask_id)).last_hidden_state
+            logits = hidden[masked] @ t5.get_input_embeddings().weight.T
+        return F.cross_entropy(logits.float() * t5.config.d_model**-0.5, ids[masked])
+
+    return loss
+
+
+def text_length(step: int) -> int:
+    """Return the T5 tokens of a step: mostly the tokenizer's length, sometimes a pipeline's."""
+    return LONG_TOKENS if random.Random(f"length/{step}").random() < LONG_SHARE else MAX_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoders:
+    """The frozen text encoders of a pipeline: CLIP, which it holds twice, and T5."""
+
+    clip: CLIPTextModelWithProjection
+    t5: T5EncoderModel
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> TextEncoders:
+        """Load both from ``text_encoder`` and ``text_encoder_3`` of a folder, in float32."""
+        clip = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
+        t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_3")
+        return cls(clip.float().to(device).eval(), t5.float().to(device).eval())
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
+        """Encode captions as the stock SD3 pipeline does.
+
+        Returns:
+            Token embeddings [B, 16 + t5_tokens, 256] and pooled embeddings [B, 256].
+        """
+        ids = build_tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt")
+        out = self.clip(ids.input_ids.to(self.clip.device), output_hidden_states=True)
+        t5_ids = build_t5_tokenizer()(
+            texts, padding="max_length", max_length=t5_tokens, truncation=True, return_tensors="pt"
+        )
+        t5 = self.t5(t5_ids.input_ids.to(self.t5.device)).last_hidden_state
+        hidden = torch.cat([out.hidden_states[-2]] * 2, dim=-1)
+        pooled = torch.cat([out.text_embeds] * 2, dim=-1)
+        return torch.cat([hidden, t5], dim=1), pooled
 
 
 class LatentBank:
@@ -137,10 +187,10 @@ class LatentBank:
 
 
 def _flow_loss(
-    denoiser: nn.Module, vae: AutoencoderKL, encoder: CLIPTextModelWithProjection, part: str
+    denoiser: nn.Module, vae: AutoencoderKL, encode: TextEncoders, part: str
 ) -> Callable[[int], Tensor]:
     """Rectified flow: predict noise - x0 at sigma drawn from a logit-normal (arXiv 2403.03206)."""
-    bank = LatentBank(vae, size=100_000, batch=256)
+    bank = LatentBank(vae, size=80_000, batch=128)
     device = vae.device
 
     def loss(step: int) -> Tensor:
@@ -152,7 +202,7 @@ def _flow_loss(
         noise = torch.randn(x0.shape, generator=generator).to(device)
         level = sigma[:, None, None, None]
         with _autocast(device):
-            embeds, pooled = encode_text(encoder, texts)
+            embeds, pooled = encode(texts, text_length(step))
             x = (1 - level) * x0 + level * noise
             d = denoiser(x, embeds, pooled, 1000 * sigma).sample
         return (d.float() - (noise - x0)).square().mean()
@@ -190,12 +240,19 @@ def train_clip(folder: Path, minutes: float, device: torch.device, log: Log) -> 
     encoder.half().save_pretrained(folder / "text_encoder")
 
 
+def train_t5(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
+    """Train the T5 encoder into ``folder/text_encoder_3``."""
+    t5 = models.build_t5().to(device)
+    box = TimeBox(minutes, _RATE["t5"])
+    t5 = fit(t5, _t5_loss(t5, device), box, folder / "t5.run", log=log, ema_decay=0.99)
+    t5.half().save_pretrained(folder / "text_encoder_3")
+
+
 def train_sd3(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the SD3.5-style transformer; ``folder/sd3`` becomes a stock pipeline folder."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(device)
-    encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
     transformer = models.build_sd3().to(device)
-    loss = _flow_loss(transformer, vae, encoder.float().to(device).eval(), "sd3")
+    loss = _flow_loss(transformer, vae, TextEncoders.load(folder, device), "sd3")
     box = TimeBox(minutes, _RATE["sd3"])
     transformer = fit(transformer, loss, box, folder / "sd3.run", log=log)
     pipeline = models.assemble_sd3(transformer, folder)
@@ -206,7 +263,7 @@ def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log
     """Train one part into ``folder``; the same call after a kill goes on.
 
     Args:
-        part: one of ``PARTS``; ``sd3`` needs ``vae`` and ``clip`` to be there.
+        part: one of ``PARTS``; ``sd3`` needs the three others to be there.
         folder: holds the finished parts and their checkpoints.
         minutes: time box; the learning rate falls at its end.
         device: a torch device.
@@ -218,9 +275,9 @@ def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     if part == "sd3":
-        for needed in ("vae", "text_encoder"):
+        for needed in ("vae", "text_encoder", "text_encoder_3"):
             if not (folder / needed).is_dir():
-                raise ValueError(f"{folder / needed} must exist: train vae and clip first")
+                raise ValueError(f"{folder / needed} must exist: train vae, clip and t5 first")
     torch.manual_seed(0)  # initial weights; nothing else draws from the global generator
-    runs = {"vae": train_vae, "clip": train_clip, "sd3": train_sd3}
+    runs = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "sd3": train_sd3}
     runs[part](folder, minutes, torch.device(device), log)

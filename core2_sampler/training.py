@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,8 +103,6 @@ def _load(
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return _Progress()
-    from safetensors import safe_open
-
     tensors = load_file(path)
     with safe_open(path, framework="pt") as handle:
         progress = _Progress(**json.loads(handle.metadata()["progress"]))
@@ -115,7 +114,8 @@ def _load(
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return progress
 
 

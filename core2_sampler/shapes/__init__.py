@@ -15,5 +15,6 @@ def model_path(name: str) -> Path:
     """
     shipped = sorted(folder.name for folder in MODELS.glob("*") if folder.is_dir())
     if name not in shipped:
-        raise ValueError(f"model must be one of {', '.join(shipped) or 'none shipped'}, got {name!r}")
+        known = ", ".join(shipped) or "none shipped"
+        raise ValueError(f"model must be one of {known}, got {name!r}")
     return MODELS / name

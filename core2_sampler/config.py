@@ -93,10 +93,12 @@ def options_of(config_class: type) -> dict[str, Option]:
     found: dict[str, Option] = {}
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
+        inner = {field.name: Option(field.name, kind, field.default, field.metadata)}
         if dataclasses.is_dataclass(kind):
-            found |= options_of(typing.cast(type, kind))
-        else:
-            found[field.name] = Option(field.name, kind, field.default, field.metadata)
+            inner = options_of(typing.cast(type, kind))
+        if twice := sorted(inner.keys() & found.keys()):
+            raise TypeError(f"options of {config_class.__name__} must be unique, got {twice} twice")
+        found |= inner
     return found
 
 
@@ -108,7 +110,10 @@ def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
             arguments[field.name] = _build(hints[field.name], values)
         elif field.name in values:
             arguments[field.name] = values[field.name]
-    return config_class(**arguments)
+    try:
+        return config_class(**arguments)
+    except ValueError as error:  # options that do not go together
+        raise ConfigError(str(error)) from None
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def user_input() -> Iterator[None]:
     """Turn the errors of checks inside the context into ConfigErrors: the input was wrong."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -115,7 +115,7 @@ def _text(default: Any) -> str:
 def _metavar(kind: Any) -> str:
     args = [arg for arg in typing.get_args(kind) if arg is not type(None)]
     if typing.get_origin(kind) is Literal:
-        return "|".join(args)
+        return "NAME"
     short = {"an integer": "INT", "a number": "FLOAT", "a text": "TEXT", "a path": "PATH"}
     kinds = args if args and typing.get_origin(kind) is not tuple else [kind]
     return "|".join(short.get(describe(each), "LIST") for each in kinds)

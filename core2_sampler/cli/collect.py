@@ -1,0 +1,153 @@
+"""``core2 collect``: run a model with guidance on many prompts and keep what it computes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from core2_sampler.cli.launch import launched_on_cpu, start_missing_processes
+from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, Dtype
+from core2_sampler.cli.options import add_command, user_input
+from core2_sampler.collect import CollectConfig
+from core2_sampler.config import ConfigError, option
+from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
+
+PROMPTS_HELP = "A text file with one prompt a line, or `shapes`: training captions of that world."
+
+
+@dataclass(frozen=True, slots=True)
+class CollectOptions:
+    """Options of ``core2 collect``."""
+
+    kept: CollectConfig
+    output: Path = option(
+        help="Folder of the trajectories; the same command again resumes.", short="-o"
+    )
+    model: str = option("shapes-sd3", help=MODEL_HELP)
+    prompts: str = option("shapes", help=PROMPTS_HELP)
+    num_prompts: int | None = option(
+        None, help="Only so many of the prompts; with `shapes` 1000 unless given.", min=1
+    )
+    num_seeds: int = option(1, help="Trajectories of each prompt.", min=1)
+    seed: int = option(
+        0, help="Of each prompt's first trajectory, and of the draw of captions.", min=0
+    )
+    steps: int = option(28, help="Sampling steps.", min=1)
+    head: str | None = option(None, help="Head that drives an on-policy round: its folder.")
+    device: str = option("auto", help=DEVICE_HELP)
+    dtype: Dtype = option("auto", help=DTYPE_HELP)
+
+
+def run_collect(options: CollectOptions) -> None:
+    """Collect guided trajectories of a model; a killed run resumes, processes share the work.
+
+    With N processes: accelerate launch --num_processes N -m core2_sampler collect ...
+    """
+    model = find_model(options.model)
+    head = _policy(options, model)
+    prompts = read_prompts(options.prompts, options.num_prompts, options.seed)
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    start_missing_processes()
+    _collect(options, model, head, prompts)
+
+
+def _policy(options: CollectOptions, model: ModelFiles) -> HeadFiles | None:
+    """Find the head of an on-policy round; a round has one if and only if it is not the first."""
+    if (options.head is None) != (options.kept.round == 0):
+        raise ConfigError(
+            "round 0 is driven by CFG and any later one by a head, "
+            f"got round {options.kept.round} and head {options.head}"
+        )
+    if options.head is None:
+        return None
+    head = find_head(options.head, model)
+    if head is not None and head.in_model:
+        for scale in options.kept.guidance_scales:
+            head.check_scale(scale)
+    return head
+
+
+def read_prompts(source: str, count: int | None, seed: int) -> list[tuple[str, str]]:
+    """Return prompts as (id, text), all different.
+
+    Args:
+        source: a text file with one prompt a line, or ``shapes``.
+        count: how many; None takes the whole file.
+        seed: which training captions of Shapes.
+
+    Raises:
+        ConfigError: if the file cannot be read or has fewer prompts.
+    """
+    if source == "shapes":
+        return _shapes_prompts(1000 if count is None else count, seed)
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"prompts must be `shapes` or a text file, got {source!r}") from None
+    texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(texts) < (count or 1):
+        raise ConfigError(f"{source} must hold {count or 1} different prompts, got {len(texts)}")
+    return [(text, text) for text in texts[:count]]
+
+
+def _shapes_prompts(count: int, seed: int) -> list[tuple[str, str]]:
+    from core2_sampler.shapes.world import training_prompt
+
+    rng = random.Random(f"collect/{seed}")
+    found: dict[str, str] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            return list(found.items())
+        prompt = training_prompt(rng)
+        found[prompt.id] = prompt.text
+    raise ConfigError(f"num_prompts must be at most about {len(found)} for shapes, got {count}")
+
+
+def _collect(
+    options: CollectOptions,
+    model: ModelFiles,
+    head: HeadFiles | None,
+    prompts: list[tuple[str, str]],
+) -> None:
+    """Load the model and collect this process's share."""
+    from accelerate import PartialState
+
+    from core2_sampler.cli.console import progress_bars
+    from core2_sampler.cli.loading import load_model, load_weak_head, sampling_setup
+    from core2_sampler.collect import Job, collect
+    from core2_sampler.info import pick_device
+    from core2_sampler.trajectory import TrajectoryStore
+
+    with user_input():
+        device = pick_device("cpu" if launched_on_cpu() else options.device)
+    state = PartialState(cpu=device == "cpu")
+    if device == "cuda":
+        device = str(state.device)  # one GPU for each process
+    pipe = load_model(model, device, options.dtype)
+    policy = None if head is None else load_weak_head(head, pipe)
+    seeds = range(options.seed, options.seed + options.num_seeds)
+    jobs = [Job(text, key, seed) for key, text in prompts for seed in seeds]
+    shown = progress_bars({"trajectories": None}, state.is_main_process)
+    with user_input(), shown as bars:
+        added = collect(
+            jobs=jobs,
+            store=TrajectoryStore(options.output),
+            config=options.kept,
+            policy=policy,
+            about={"model": options.model, "head": options.head},
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+            on_unit=lambda done, total: bars.set("trajectories", done, total),
+            **sampling_setup(pipe, options.steps),
+        )
+    print(f"process {state.process_index}: added {added} trajectories to {options.output}")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+add_command(app, "collect", CollectOptions, run_collect)

@@ -1,0 +1,188 @@
+"""Draw what ``core2 generate`` was asked for, and write down what made each image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from core2_sampler.cli.console import print_table, progress_bars
+from core2_sampler.cli.generate import GenerateConfig, Job
+from core2_sampler.cli.images import captioned, file_stem, grid, save_image
+from core2_sampler.cli.loading import load_model, load_weak_head
+from core2_sampler.info import environment
+from core2_sampler.nfe import count_nfe
+from core2_sampler.plan import Core2Config, Plan, Step
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of drawing; ``core2`` None is the stock pipeline, whose plan is all CFG."""
+
+    mode: str
+    core2: Core2Config | None
+    plan: Plan
+    head: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """An image and its record."""
+
+    image: Image
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    """A loaded pipeline with the request that it works on."""
+
+    pipe: Any
+    config: GenerateConfig
+    job: Job
+
+    def draw(self, arm: Arm, prompt: str, advance: Advance) -> list[Drawn]:
+        """Draw all images of a prompt; ``advance`` counts image-steps."""
+        config = self.config
+        seeds = [config.seed + index for index in range(config.num_images)]
+        batches = [
+            seeds[start : start + config.batch_size]
+            for start in range(0, len(seeds), config.batch_size)
+        ]
+        drawn: list[Drawn] = []
+        for batch in batches:
+            start = time.perf_counter()
+            with count_nfe(self.pipe.transformer) as counter:
+                images = self.run(arm.core2, prompt, batch, config.steps, advance)
+            seconds = (time.perf_counter() - start) / len(batch)
+            for image, seed in zip(images, batch, strict=True):
+                counted = {"nfe": counter.per_sample(len(batch)), "seconds": round(seconds, 4)}
+                drawn.append(Drawn(image, self.record(arm, prompt, seed) | counted))
+        return drawn
+
+    def run(
+        self,
+        core2: Core2Config | None,
+        prompt: str,
+        seeds: Sequence[int],
+        steps: int,
+        advance: Advance,
+    ) -> list[Image]:
+        """Draw one batch: an image for each seed, each with its own generator."""
+
+        def on_step(_p: Any, _i: int, _t: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+            advance(len(seeds))
+            return tensors
+
+        return self.pipe(
+            prompt,
+            negative_prompt=self.config.negative_prompt,
+            height=self.job.height,
+            width=self.job.width,
+            num_inference_steps=steps,
+            guidance_scale=self.job.guidance_scale,
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=on_step,
+            core2=core2,
+        ).images
+
+    def warm_up(self, arms: Sequence[Arm]) -> None:
+        """Run two steps of each arm, since first runs pay for set-up; measured times shall not."""
+        seeds = list(range(min(self.config.num_images, self.config.batch_size)))
+        for arm in arms:
+            core2 = arm.core2
+            if core2 is not None and core2.mode == "core":
+                core2 = replace(core2, slow_steps=1)  # one step of each kind
+            self.run(core2, self.config.prompts[0], seeds, 2, lambda count: None)
+
+    def record(self, arm: Arm, prompt: str, seed: int) -> dict[str, Any]:
+        """Return all that decides an image."""
+        config, job = self.config, self.job
+        steps = arm.plan.steps
+        slow = [i for i, step in enumerate(steps) if step.kind in ("cfg", "slow")]
+        return {
+            "prompt": prompt,
+            "negative_prompt": config.negative_prompt,
+            "seed": seed,
+            "model": config.model,
+            "mode": arm.mode,
+            "steps": config.steps,
+            "guidance_scale": 1.0 if arm.mode == "cond" else job.guidance_scale,
+            "w2s_scale": steps[slow[0]].w2s_scale if slow else None,
+            "slow_steps": len(slow),
+            "slow_positions": slow,
+            "head": arm.head,
+            "height": job.height,
+            "width": job.width,
+            "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
+            **environment(job.device),
+        }
+
+
+def draw(config: GenerateConfig, job: Job) -> None:
+    """Draw every prompt in every arm; write images, records, a grid and a summary."""
+    pipe = load_model(job.model, job.device, config.dtype)
+    if job.head is not None:
+        pipe.register_modules(weak_head=load_weak_head(job.head, pipe))
+    studio, arms = Studio(pipe, config, job), _arms(config, job)
+    config.output.mkdir(parents=True, exist_ok=True)
+    if config.compare:
+        studio.warm_up(arms)
+    rows: dict[str, list[list[Drawn]]] = {arm.mode: [] for arm in arms}
+    total = len(config.prompts) * config.num_images * config.steps
+    with progress_bars({arm.mode: total for arm in arms}) as bars:
+        for prompt in config.prompts:
+            for arm in arms:
+                drawn = studio.draw(arm, prompt, lambda n, mode=arm.mode: bars.advance(mode, n))
+                rows[arm.mode].append(drawn)
+                _save(drawn, config.output)
+    sheets = [grid([[each.image for each in row] for row in rows[arm.mode]]) for arm in arms]
+    sheets[-1].save(config.output / "grid.png")
+    summaries = [_summary(rows[arm.mode]) for arm in arms]
+    if config.compare:
+        captions = ["{mode}: NFE {nfe}, {seconds:.2f} s".format(**each) for each in summaries]
+        captioned(sheets, captions).save(config.output / "compare.png")
+    _report(summaries, config)
+
+
+def _arms(config: GenerateConfig, job: Job) -> list[Arm]:
+    head = job.head.name if job.head is not None else None
+    arms = [Arm(config.mode, job.core2, job.plan, head)]
+    if config.compare:
+        stock = Plan((Step("cfg", job.guidance_scale),) * config.steps)
+        arms.insert(0, Arm("cfg", None, stock, None))
+    return arms
+
+
+def _save(drawn: Sequence[Drawn], folder: Path) -> None:
+    for each in drawn:
+        stem = file_stem(each.record["prompt"], each.record["seed"], each.record["mode"])
+        save_image(each.image, folder / f"{stem}.png", each.record)
+
+
+def _summary(rows: Sequence[Sequence[Drawn]]) -> dict[str, Any]:
+    """Return one arm's numbers: NFE, and the mean seconds of an image."""
+    records = [each.record for row in rows for each in row]
+    seconds = sum(record["seconds"] for record in records) / len(records)
+    return records[0] | {"images": len(records), "seconds": seconds}
+
+
+def _report(summaries: Sequence[Mapping[str, Any]], config: GenerateConfig) -> None:
+    """Print what was drawn, a line for each arm."""
+    header = ("mode", "images", "steps", "scale", "NFE", "seconds per image", "head")
+    keys = ("mode", "images", "steps", "guidance_scale", "nfe")
+    rows = [
+        [*(each[key] for key in keys), f"{each['seconds']:.3f}", Path(each["head"] or "").name]
+        for each in summaries
+    ]
+    print_table(header, rows)
+    name = "compare.png" if config.compare else "grid.png"
+    print(f"{config.output / name}, and every image with its JSON beside it")

@@ -1,0 +1,79 @@
+"""Load what the checks have found: the step after which weights are in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from core2_sampler.cli.options import user_input
+from core2_sampler.model_files import HeadFiles, ModelFiles
+
+if TYPE_CHECKING:
+    from core2_sampler.weak_heads.base import WeakHead
+
+Dtype = Literal["auto", "fp32", "fp16", "bf16"]
+DTYPE_HELP = "Precision of the weights: fp32, fp16, bf16; auto is bf16 on CUDA and fp32 elsewhere."
+MODEL_HELP = "An embedded model (shapes-sd3), a folder or a hub id owner/name."
+DEVICE_HELP = "A torch device such as cuda:0; auto takes the best one here."
+
+
+def load_model(model: ModelFiles, device: str, dtype: Dtype = "auto") -> Any:
+    """Load a pipeline onto a device, without bars and chatter.
+
+    Args:
+        model: from ``find_model``.
+        device: from ``pick_device``.
+        dtype: of the weights.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    from core2_sampler.pipelines.auto import load_pipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if dtype == "auto":
+        dtype = "bf16" if torch.device(device).type == "cuda" else "fp32"
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    pipe = load_pipeline(model.source, dtype=dtypes[dtype], **dict.fromkeys(model.absent))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
+    """Load a head next to a loaded pipeline, and check that it fits the denoiser's layers.
+
+    Raises:
+        ConfigError: if it was made for another model of the family.
+    """
+    from core2_sampler.pipelines.adapters import sd3_denoiser
+    from core2_sampler.weak_heads import HEADS, load_head
+
+    with user_input():
+        if files.folder is None:
+            head = HEADS.get(files.name).for_denoiser(sd3_denoiser(pipe))
+        else:
+            head = load_head(files.folder)
+        head = head.to(pipe.transformer.device)
+        if files.in_model:
+            with head.attached(pipe.transformer):
+                pass
+    return head
+
+
+def sampling_setup(pipe: Any, steps: int) -> dict[str, Any]:
+    """Return what Collect needs of a loaded pipeline, under the names of its arguments.
+
+    Args:
+        pipe: a Stable Diffusion 3 pipeline.
+        steps: number of sampling steps.
+    """
+    from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
+
+    size = pipe.default_sample_size
+    return {
+        "denoiser": sd3_denoiser(pipe),
+        "encode": lambda prompts: sd3_encode(pipe, prompts),
+        "sigmas": sd3_sigmas(pipe, steps, (size, size)),
+        "latent_shape": (pipe.transformer.config.in_channels, size, size),
+    }

@@ -1,0 +1,164 @@
+"""``core2 reflect``: distil collected trajectories into a weak head."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from core2_sampler.cli.collect import PROMPTS_HELP, read_prompts
+from core2_sampler.cli.loading import DEVICE_HELP, MODEL_HELP
+from core2_sampler.cli.options import add_command, user_input
+from core2_sampler.config import ConfigError, option
+from core2_sampler.model_files import ModelFiles, find_model
+from core2_sampler.reflect import ReflectConfig
+
+if TYPE_CHECKING:
+    from core2_sampler.trajectory import RowSource
+
+
+@dataclass(frozen=True, slots=True)
+class ReflectOptions:
+    """Options of ``core2 reflect``."""
+
+    training: ReflectConfig
+    output: Path = option(
+        help="Folder of the head; the same command again resumes (from FOLDER.run).", short="-o"
+    )
+    data: Path | None = option(None, help="Folder that `core2 collect` filled.")
+    online: bool = option(
+        False, help="Collect while training and store nothing, in place of --data."
+    )
+    head: Literal["adapter", "tap"] = option("adapter", help="Kind of head: adapter or tap.")
+    rank: int | None = option(None, help="adapter: rank of the low-rank layers (8).", min=1)
+    reference_scale: float | None = option(
+        None, help="adapter: guidance scale of strength 1; by default the highest collected."
+    )
+    scale_range: tuple[float, ...] | None = option(
+        None, help="adapter: LOW,HIGH guidance scales to train for; by default those collected."
+    )
+    held_out_share: float = option(
+        0.1, help="Share of the prompts that only measure the error.", min=0.001, max=0.9
+    )
+    model: str | None = option(None, help=MODEL_HELP + " By default that of the data.")
+    prompts: str = option("shapes", help="online: " + PROMPTS_HELP)
+    num_prompts: int | None = option(None, help="online: only so many of the prompts.", min=1)
+    sampling_steps: int = option(28, help="online: steps of a trajectory.", min=1)
+    guidance_scales: tuple[float, ...] = option(
+        (4.5,), help="online: scales that drive the trajectories.", min=1
+    )
+    device: str = option("auto", help=DEVICE_HELP)
+
+
+def run_reflect(options: ReflectOptions) -> None:
+    """Train a weak head on collected trajectories; a killed run resumes."""
+    from core2_sampler.info import pick_device
+
+    if options.online == (options.data is not None):
+        raise ConfigError("either --data FOLDER or --online must be given, and not both")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("reflect runs in one process, got several: leave `accelerate launch` out")
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    scales, collected_from = _collected(options)
+    head_options = adapter_options(options, scales)
+    model = find_model(options.model or collected_from)
+    with user_input():
+        device = pick_device(options.device)
+    _reflect(options, model, device, head_options)
+
+
+def _collected(options: ReflectOptions) -> tuple[list[float], str]:
+    """Return the guidance scales of the data, and the model that they are from."""
+    if options.data is None:
+        return sorted(options.guidance_scales), "shapes-sd3"
+    files = sorted(options.data.glob("rounds/*.json"))
+    if not files:
+        raise ConfigError(f"data must be a folder that `core2 collect` filled, got {options.data}")
+    rounds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    scales = sorted({scale for each in rounds for scale in each["guidance_scales"]})
+    models = sorted({each["model"] for each in rounds})
+    if len(models) > 1 or options.model not in (None, models[0]):
+        raise ConfigError(
+            f"data and head must be of one model, got {', '.join(models)} in the data"
+        )
+    return scales, models[0]
+
+
+def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, Any]:
+    """Return the constructor arguments of the head that do not follow from the denoiser.
+
+    Args:
+        options: as given.
+        scales: guidance scales of the data.
+
+    Raises:
+        ConfigError: if an option of one kind of head is given for another.
+    """
+    given = {
+        name: getattr(options, name)
+        for name in ("rank", "reference_scale", "scale_range")
+        if getattr(options, name) is not None
+    }
+    if options.head != "adapter":
+        if given:
+            raise ConfigError(
+                f"{min(given)} is an option of the adapter, got head {options.head!r}"
+            )
+        return {}
+    low, high = given.setdefault("scale_range", (scales[0], scales[-1]))[:2]
+    if len(given["scale_range"]) != 2 or not 1 < low <= high:
+        raise ConfigError(
+            f"scale_range must be two rising scales above 1, got {given['scale_range']}"
+        )
+    if given.setdefault("reference_scale", high) <= 1:
+        raise ConfigError(f"reference_scale must be above 1, got {given['reference_scale']}")
+    return given
+
+
+def _reflect(
+    options: ReflectOptions, model: ModelFiles, device: str, head_options: dict[str, Any]
+) -> None:
+    """Load the model, train the head, save it with its card."""
+    from core2_sampler.cli.loading import load_model, sampling_setup
+    from core2_sampler.reflect import reflect
+    from core2_sampler.weak_heads import HEADS
+    from core2_sampler.weak_heads.card import save_head
+
+    pipe = load_model(model, device, "fp32")
+    setup = sampling_setup(pipe, options.sampling_steps)
+    with user_input():
+        head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
+        report = reflect(
+            head,
+            _source(options, setup),
+            options.training,
+            denoiser=setup["denoiser"],
+            folder=options.output.with_name(options.output.name + ".run"),
+            log=print,
+        )
+    card = save_head(head, options.output, report, model=model.name)
+    print(f"{options.output}: {head.num_parameters()} parameters, card in {card}")
+
+
+def _source(options: ReflectOptions, setup: dict[str, Any]) -> RowSource:
+    from core2_sampler.collect import CollectConfig, OnlineSource
+    from core2_sampler.trajectory import TrajectoryStore
+
+    share = options.held_out_share
+    if options.data is not None:
+        return TrajectoryStore(options.data).source(share)
+    return OnlineSource(
+        prompts=read_prompts(options.prompts, options.num_prompts, seed=0),
+        config=CollectConfig(guidance_scales=options.guidance_scales),
+        held_out_share=share,
+        **setup,
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+add_command(app, "reflect", ReflectOptions, run_reflect)

@@ -1,0 +1,153 @@
+"""``core2 shapes``: render, judge and train the embedded world."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from core2_sampler.cli.loading import DEVICE_HELP
+from core2_sampler.cli.options import add_command, user_input
+from core2_sampler.config import ConfigError, option
+
+if TYPE_CHECKING:
+    from core2_sampler.shapes.world import Prompt
+
+app = typer.Typer(
+    help="Render, judge and train the embedded world.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Options of ``core2 shapes train``."""
+
+    part: Literal["vae", "clip", "sd3"] = option(help="vae, clip or sd3; sd3 needs the other two.")
+    minutes: float = option(help="Length of the training; time before a kill counts.", min=0.001)
+    out: Path = option(
+        Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"
+    )
+    device: str = option("auto", help=DEVICE_HELP)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """Options of ``core2 shapes render``."""
+
+    num_images: int = option(16, help="How many images, each of another prompt.", short="-n", min=1)
+    split: Literal["train", "val", "test"] = option(
+        "test", help="Prompts of this split: train, val or test."
+    )
+    seed: int = option(0, help="Of the first image; with train also of the prompts.", min=0)
+    output: Path = option(Path("out"), help="Folder for images and GenEval metadata.", short="-o")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeOptions:
+    """Options of ``core2 shapes judge``."""
+
+    folders: tuple[str, ...] = option(
+        help="Folders of PNG files with their JSON, as `core2 generate` writes them.",
+        positional=True,
+    )
+
+
+def train(options: TrainOptions) -> None:
+    """Train one part of the Shapes model; a killed run resumes."""
+    from core2_sampler.info import pick_device
+    from core2_sampler.shapes.train import train as train_part
+
+    with user_input():
+        train_part(options.part, options.out, options.minutes, pick_device(options.device))
+
+
+def render(options: RenderOptions) -> None:
+    """Render real images of the world, each with its prompt in a JSON file beside it."""
+    from core2_sampler.cli.images import file_stem, grid, save_image
+    from core2_sampler.shapes.render import render as render_image
+    from core2_sampler.shapes.world import held_out_prompts, training_prompt, write_metadata
+
+    with user_input():
+        if options.split == "train":
+            rng = random.Random(f"render/{options.seed}")
+            prompts = [training_prompt(rng) for _ in range(options.num_images)]
+        else:
+            prompts = held_out_prompts(options.num_images, options.split)
+        options.output.mkdir(parents=True, exist_ok=True)
+    images = []
+    for index, prompt in enumerate(prompts):
+        seed = options.seed + index
+        images.append(render_image(prompt, seed))
+        stem = file_stem(prompt.text, seed, "render")
+        record = {"prompt": prompt.text, "seed": seed, "task": prompt.task, "split": options.split}
+        save_image(images[-1], options.output / f"{stem}.png", record)
+    write_metadata(prompts, options.output / "evaluation_metadata.jsonl")
+    grid([images[i : i + 8] for i in range(0, len(images), 8)]).save(options.output / "grid.png")
+    print(f"{len(images)} images in {options.output}")
+
+
+def judge(options: JudgeOptions) -> None:
+    """Judge images of the world against their prompts, and print the share that is right."""
+    from PIL import Image
+
+    from core2_sampler.cli.console import print_table
+    from core2_sampler.shapes.judge import judge as judge_image
+
+    records = [each for folder in options.folders for each in _records(Path(folder))]
+    tasks: dict[str, list[bool]] = {}
+    for file, prompt in records:
+        with Image.open(file) as image:
+            verdict = judge_image(image.convert("RGB"), prompt)
+        tasks.setdefault(prompt.task, []).append(verdict.correct)
+        if not verdict.correct:
+            print(f"{file}: {verdict.reason}")
+    tasks["all"] = [right for each in tasks.values() for right in each]
+    rows = [(task, len(each), f"{sum(each) / len(each):.3f}") for task, each in tasks.items()]
+    print_table(("task", "images", "right"), rows)
+
+
+def _records(folder: Path) -> list[tuple[Path, Prompt]]:
+    """Return the images of a folder that have a record, with their prompts.
+
+    Raises:
+        ConfigError: if there are none, or a prompt is none of the world.
+    """
+    known = all_texts()
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        if not file.with_suffix(".png").is_file():
+            continue
+        text = json.loads(file.read_text(encoding="utf-8"))["prompt"]
+        if text not in known:
+            raise ConfigError(f"the prompt must be a caption of Shapes, got {text!r} in {file}")
+        found.append((file.with_suffix(".png"), known[text]))
+    if not found:
+        raise ConfigError(f"a folder must hold PNG files with their JSON, got {folder} without")
+    return found
+
+
+def all_texts() -> dict[str, Prompt]:
+    """Return every prompt of the world by its text, in every wording."""
+    from dataclasses import replace
+
+    from core2_sampler.shapes.world import PREFIXES, TASKS, all_prompts
+
+    worded = (
+        replace(prompt, prefix=prefix)
+        for task in TASKS
+        for prompt in all_prompts(task)
+        for prefix in PREFIXES
+    )
+    return {prompt.text: prompt for prompt in worded}
+
+
+add_command(app, "train", TrainOptions, train)
+add_command(app, "render", RenderOptions, render)
+add_command(app, "judge", JudgeOptions, judge)

@@ -1,0 +1,226 @@
+"""What a model's and a head's JSON files tell before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core2_sampler.config import ConfigError
+from core2_sampler.registry import unknown_name
+
+EMBEDDED = {"shapes-sd3": "sd3"}
+"""Names of the embedded models, and what `core2_sampler.shapes.model_path` calls them."""
+
+UNTRAINED = ("cond", "last_gap")
+"""Controls that need no weights, so that their name is enough."""
+
+_STOCK_SCALE = {"sd3": 7.0}  # default guidance_scale of the stock call
+_FAMILIES = {"CoRe2StableDiffusion3Pipeline": "sd3"}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFiles:
+    """A weak head as its ``config.json`` describes it.
+
+    Attributes:
+        name: what the user called it, or its folder.
+        folder: where its weights are; None for a control that has none.
+        in_model: whether it changes the denoiser's pass (an adapter) or reads a finished one.
+        reference_scale: guidance scale it was made for, where it has one.
+        scale_range: lowest and highest guidance scale it can be used at, where it has them.
+    """
+
+    name: str
+    folder: Path | None
+    in_model: bool
+    reference_scale: float | None = None
+    scale_range: tuple[float, float] | None = None
+
+    def check_scale(self, guidance_scale: float) -> None:
+        """Raise ConfigError if the head was not made for this guidance scale."""
+        low, high = self.scale_range or (guidance_scale, guidance_scale)
+        if not low <= guidance_scale <= high:
+            raise ConfigError(
+                f"guidance_scale must be from {low:g} to {high:g} for the head {self.name}, "
+                f"got {guidance_scale:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model folder or hub repository that is known to be usable.
+
+    Attributes:
+        name: what the user called it.
+        source: folder or hub id, for ``from_pretrained``.
+        family: ``sd3``.
+        channels: of the latents.
+        size: default height and width, px.
+        multiple: height and width must be a multiple of it, px.
+        largest: greatest height and width, px.
+        absent: components that it does without, such as SD3's third text encoder; the stock
+            loader wants to be told.
+    """
+
+    name: str
+    source: str
+    family: str
+    channels: int
+    size: int
+    multiple: int
+    largest: int
+    absent: tuple[str, ...] = ()
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale that fits the model: its own head's, else the stock pipeline's default."""
+        own = find_head(None, self)
+        if own is not None and own.reference_scale is not None:
+            return own.reference_scale
+        return _STOCK_SCALE[self.family]
+
+    def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width in px, the model's own where None is given."""
+        sizes = []
+        for name, value in (("height", height), ("width", width)):
+            value = self.size if value is None else value
+            if value % self.multiple or not 0 < value <= self.largest:
+                raise ConfigError(
+                    f"{name} must be a multiple of {self.multiple} from {self.multiple} to "
+                    f"{self.largest} for {self.name}, got {value}"
+                )
+            sizes.append(value)
+        return sizes[0], sizes[1]
+
+
+def find_model(name: str) -> ModelFiles:
+    """Find a model by the name of an embedded one, a folder or a hub id, and read its JSON files.
+
+    Raises:
+        ConfigError: if there is none, it is no diffusers model, or its family is not supported.
+    """
+    from core2_sampler.pipelines.auto import pipeline_class
+
+    source = model_source(name)
+    try:
+        family = _FAMILIES[pipeline_class(source).__name__]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    index = _read(name, source, "model_index.json")
+    vae = _read(name, source, "vae/config.json")
+    transformer = _read(name, source, "transformer/config.json")
+    try:
+        pixels = 2 ** (len(vae["block_out_channels"]) - 1)  # per latent
+        token = transformer["patch_size"] * pixels
+        return ModelFiles(
+            name=name,
+            source=source,
+            family=family,
+            channels=transformer["in_channels"],
+            size=transformer["sample_size"] * pixels,
+            multiple=token,
+            largest=transformer["pos_embed_max_size"] * token,
+            absent=tuple(key for key, part in index.items() if part == [None, None]),
+        )
+    except KeyError as error:
+        raise ConfigError(f"{name} is not a usable model: its configs lack {error}") from None
+
+
+def model_source(name: str) -> str:
+    """Return the folder or hub id behind a model's name; an embedded one may go by its own.
+
+    Raises:
+        ConfigError: if it is neither of them.
+    """
+    from core2_sampler.shapes import model_path
+
+    if name in EMBEDDED:
+        try:
+            return str(model_path(EMBEDDED[name]))
+        except ValueError as error:
+            raise ConfigError(f"{name} is not in this installation: {error}") from None
+    if "/" not in name and not Path(name).is_dir():
+        raise ConfigError(f"{unknown_name('model', name, EMBEDDED)}, a folder or a hub id")
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def find_head(name: str | None, model: ModelFiles) -> HeadFiles | None:
+    """Find the weak head to use, and check that it fits the model as far as its config tells.
+
+    Args:
+        name: a folder, the name of a control, or None for the head that the model itself has.
+        model: the model it shall serve.
+
+    Returns:
+        The head; None if the model has none and none was named.
+
+    Raises:
+        ConfigError: if there is no such head, or it was made for another kind of model.
+    """
+    if name in UNTRAINED:
+        return HeadFiles(name, None, in_model=False)
+    if name is None:
+        folder = Path(model.source) / "weak_head"
+        return _head_files(str(folder), folder, model) if folder.is_dir() else None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        controls = ", ".join(UNTRAINED)
+        raise ConfigError(f"head must be a folder that exists or one of {controls}, got {name!r}")
+    return _head_files(name, folder, model)
+
+
+def _head_files(name: str, folder: Path, model: ModelFiles) -> HeadFiles:
+    """Read a head's config and check it against the model's."""
+    from core2_sampler.weak_heads import HEADS
+
+    config = _read(name, str(folder), "config.json", kind="weak head")
+    classes = {HEADS.get(key).__name__: HEADS.get(key) for key in HEADS.names()}
+    made_by = config.get("_class_name")
+    if made_by not in classes:
+        raise ConfigError(
+            f"{name} is not a weak head: its class must be one of {', '.join(sorted(classes))}, "
+            f"got {made_by}"
+        )
+    for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
+        if config.get(key) != wanted:
+            raise ConfigError(
+                f"head must have the {key} {wanted!r} of {model.name}, "
+                f"got {config.get(key)!r} in {name}"
+            )
+    scales = config.get("scale_range")
+    return HeadFiles(
+        name,
+        folder,
+        classes[made_by].in_model,
+        config.get("reference_scale"),
+        (float(scales[0]), float(scales[1])) if scales else None,
+    )
+
+
+def _read(name: str, source: str, path: str, kind: str = "diffusers model") -> dict[str, Any]:
+    """Read a JSON file of a folder or hub repository."""
+    file = Path(source) / path
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            file = Path(hf_hub_download(source, path))
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{name} must be a {kind} with {path}: {reason}") from error
+    if not file.is_file():
+        raise ConfigError(f"{name} is not a {kind}: it has no {path}")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} must be a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -7,6 +7,7 @@ the whole chain with its measured times.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -255,8 +256,21 @@ def train_sd3(folder: Path, minutes: float, device: torch.device, log: Log) -> N
     loss = _flow_loss(transformer, vae, TextEncoders.load(folder, device), "sd3")
     box = TimeBox(minutes, _RATE["sd3"])
     transformer = fit(transformer, loss, box, folder / "sd3.run", log=log)
-    pipeline = models.assemble_sd3(transformer, folder)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder / "sd3")
+    save_half(models.assemble_sd3(transformer, folder), folder / "sd3")
+
+
+def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline in float16 that ``from_pretrained`` loads in float32 unless told otherwise.
+
+    diffusers loads networks in float32 by default, but transformers in the dtype that the config
+    names: left alone, the text encoders would not match the denoiser.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(
+            json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log = print) -> None:

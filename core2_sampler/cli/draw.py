@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def draw(config: GenerateConfig, job: Job) -> None:
     with progress_bars({arm.mode: total for arm in arms}) as bars:
         for prompt in config.prompts:
             for arm in arms:
-                drawn = studio.draw(arm, prompt, lambda n, mode=arm.mode: bars.advance(mode, n))
+                drawn = studio.draw(arm, prompt, partial(bars.advance, arm.mode))
                 rows[arm.mode].append(drawn)
                 _save(drawn, config.output)
     sheets = [grid([[each.image for each in row] for row in rows[arm.mode]]) for arm in arms]

@@ -18,7 +18,7 @@ from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.reflect import ReflectConfig
 
 if TYPE_CHECKING:
-    from core2_sampler.trajectory import RowSource
+    from core2_sampler.rows import RowSource
 
 
 @dataclass(frozen=True, slots=True)

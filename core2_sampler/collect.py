@@ -137,10 +137,9 @@ def collect(
     store = TrajectoryStore(store.root, writer=process_index)
     store.remove_leftovers(num_processes)
     pinned = {key: value for key, value in asdict(config).items() if key != "batch_size"}
-    store.pin_settings(
-        config.round,
-        {**pinned, "sigmas": sigmas.tolist(), "policy": type(policy).__name__, **(about or {})},
-    )
+    driver = "cfg" if policy is None else type(policy).__name__
+    pinned |= {"sigmas": sigmas.tolist(), "policy": driver, **(about or {})}
+    store.pin_settings(config.round, pinned)
     done = store.records()
     mine = make_units(jobs, config)[process_index::num_processes]
     finished, added = 0, 0

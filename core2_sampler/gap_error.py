@@ -68,7 +68,7 @@ def scales_of(head: OutputHead | InModelHead) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class NoiseBins:
-    """Bins of noise levels that hold about the same number of rows each."""
+    """Bins that hold about the same number of noise levels each."""
 
     edges: Tensor  # [K + 1]
 

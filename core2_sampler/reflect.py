@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ from core2_sampler.trajectory import write_atomic
 from core2_sampler.types import Denoiser, InModelHead
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+_POWER_ROWS = 512  # rows that the mean square of the gap is estimated from
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,35 +190,35 @@ class _Training:
         )
         self.bins = NoiseBins.of(source.sigmas, config.noise_bins)
         self.power = self._gap_power().to(self.device)
+        self.losses: list[Tensor] = []  # since the last evaluation
         self.state = Progress()
 
     def _gap_power(self) -> Tensor:
         """Return the mean square of the gap in each noise bin, [K]: the unit of the loss."""
-        power, count = torch.zeros(2, len(self.bins), dtype=torch.float64)
-        for rows in self.source.held_out(self.config.batch_size):
-            power += self.bins.sum(rows.sigma, rows.gap.square().flatten(1).mean(1))
-            count += self.bins.sum(rows.sigma, torch.ones(len(rows)))
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rows = self.source.train(_POWER_ROWS, generator)
+        power = self.bins.sum(rows.sigma, rows.gap.square().flatten(1).mean(1))
+        count = self.bins.sum(rows.sigma, torch.ones(len(rows)))
         mean = power.sum() / count.sum()
         return torch.where(count > 0, power / count.clamp(min=1), mean).clamp(min=1e-12).float()
 
     def run(self) -> None:
         state, config = self.state, self.config
         started, saved = time.monotonic() - state.seconds, time.monotonic()
-        losses: list[Tensor] = []
         self.head.train()
         while not state.done and (share := self._share()) < 1:
-            losses.append(self.step(share))
+            self.losses.append(self.step(share))
             state.step += 1
             state.seconds = time.monotonic() - started
             if self._share() * config.evaluations >= len(state.held_out) + 1 and self._share() < 1:
-                self.evaluate(losses)
-                losses = []
+                self.evaluate()
             if time.monotonic() - saved >= config.save_seconds:
+                self.log(f"{self._where()}  loss {self._mean_loss():.4f}")
                 self.save()
                 saved = time.monotonic()
         self.load_average()
         if not state.done:
-            self.evaluate(losses)
+            self.evaluate()
             state.done = True
             self.save()
         self.head.eval()
@@ -255,9 +257,25 @@ class _Training:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def evaluate(self, losses: Sequence[Tensor]) -> None:
+    def _where(self) -> str:
+        state, share = self.state, max(self._share(), 1e-9)
+        left = state.seconds * (1 / share - 1)
+        return f"step {state.step}  {state.seconds:.0f} s, {max(left, 0):.0f} s left"
+
+    def _mean_loss(self) -> float:
+        """Return the mean loss since the last evaluation.
+
+        Raises:
+            ValueError: if it is not finite; so no such weights reach a checkpoint.
+        """
+        loss = float(torch.stack(self.losses).mean()) if self.losses else 0.0
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss must stay finite, got {loss} before step {self.state.step}")
+        return loss
+
+    def evaluate(self) -> None:
         """Measure the averaged head on held-out prompts, without autocast."""
-        state = self.state
+        state, loss = self.state, self._mean_loss()
         current = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.load_average()
         totals = []
@@ -273,16 +291,10 @@ class _Training:
             state.errors["any" if scale is None else f"{scale:g}"] = by_bin
         self._load(current)
         held_out = sum(totals) / len(totals)
-        loss = float(torch.stack(list(losses)).mean()) if losses else math.nan
-        if losses and not math.isfinite(loss):
-            raise ValueError(f"the loss must stay finite, got {loss} before step {state.step}")
         state.held_out.append([state.step, held_out])
-        if losses:
-            state.losses.append([state.step, round(state.seconds, 1), loss])
-        self.log(
-            f"step {state.step}  {state.seconds:.0f} s  loss {loss:.4f}  "
-            f"held-out relative gap error {held_out:.4f}"
-        )
+        state.losses.append([state.step, round(state.seconds, 1), loss])
+        self.losses = []
+        self.log(f"{self._where()}  loss {loss:.4f}  held-out relative gap error {held_out:.4f}")
 
     def load_average(self) -> None:
         """Give the head its averaged weights."""

@@ -93,7 +93,7 @@ class AdapterHead(WeakHead):
         """
         layers = {
             name: shape
-            for name, layer in denoiser.module.named_modules()
+            for name, layer in _layers(denoiser.module).items()
             if any(name == target or name.endswith(f".{target}") for target in targets)
             and (shape := _shape(layer)) is not None
         }
@@ -115,7 +115,7 @@ class AdapterHead(WeakHead):
         if self._attached:
             raise ValueError("a head must be attached once at a time, got a second denoiser")
         handles = []
-        found = dict(module.named_modules())
+        found = _layers(module)
         self.check_latents(cast(Any, module).config.in_channels)
         for name, wanted in self.config.layers.items():
             got = _shape(found.get(name))
@@ -178,6 +178,11 @@ class AdapterHead(WeakHead):
             return output + self._strength * F.conv2d(hidden, up.to(x.dtype))
 
         return add
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers by name, those of the network itself where it is wrapped to compile."""
+    return dict(getattr(module, "_orig_mod", module).named_modules())
 
 
 def _key(name: str) -> str:

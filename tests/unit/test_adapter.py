@@ -138,6 +138,14 @@ def test_it_lives_beside_a_user_lora(head, denoiser, prompt):
     assert again.config.layers == head.config.layers
 
 
+def test_a_network_wrapped_to_compile_is_hooked_itself(head, denoiser, prompt):
+    wrapped = torch.compile(denoiser.module, backend="eager")
+    with head.attached(wrapped), head.active(4.0):
+        inside = run(denoiser, prompt)
+    assert torch.equal(inside, run_with(head, denoiser, prompt, 4.0))
+    assert AdapterHead.for_denoiser(SD3Denoiser(wrapped)).config.layers == head.config.layers
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.5, 7.1, -1.0])
 def test_a_scale_it_was_not_trained_for_is_refused(head, denoiser, scale):
     with (

@@ -191,11 +191,13 @@ def _flow_loss(
     denoiser: nn.Module, vae: AutoencoderKL, encode: TextEncoders, part: str
 ) -> Callable[[int], Tensor]:
     """Rectified flow: predict noise - x0 at sigma drawn from a logit-normal (arXiv 2403.03206)."""
-    bank = LatentBank(vae, size=80_000, batch=128)
+    bank = LatentBank(vae, size=48_000, batch=128)
     device = vae.device
 
     def loss(step: int) -> Tensor:
-        x0, texts = bank.draw(step, _BATCH[part])
+        length = text_length(step)
+        share = 4 if length == LONG_TOKENS else 1  # a long step costs what the others do
+        x0, texts = bank.draw(step, _BATCH[part] // share)
         rng = random.Random(f"dropout/{step}")
         texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in texts]
         generator = torch.Generator().manual_seed(step)
@@ -203,7 +205,7 @@ def _flow_loss(
         noise = torch.randn(x0.shape, generator=generator).to(device)
         level = sigma[:, None, None, None]
         with _autocast(device):
-            embeds, pooled = encode(texts, text_length(step))
+            embeds, pooled = encode(texts, length)
             x = (1 - level) * x0 + level * noise
             d = denoiser(x, embeds, pooled, 1000 * sigma).sample
         return (d.float() - (noise - x0)).square().mean()

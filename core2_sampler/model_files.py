@@ -28,7 +28,7 @@ class HeadFiles:
         name: what the user called it, or its folder.
         folder: where its weights are; None for a control that has none.
         in_model: whether it changes the denoiser's pass (an adapter) or reads a finished one.
-        reference_scale: guidance scale it was made for, where it has one.
+        reference_scale: guidance scale it was made for, where its config or card has one.
         scale_range: lowest and highest guidance scale it can be used at, where it has them.
     """
 
@@ -194,9 +194,19 @@ def _head_files(name: str, folder: Path, model: ModelFiles) -> HeadFiles:
         name,
         folder,
         classes[made_by].in_model,
-        config.get("reference_scale"),
+        config.get("reference_scale", _collected_scale(folder)),
         (float(scales[0]), float(scales[1])) if scales else None,
     )
+
+
+def _collected_scale(folder: Path) -> float | None:
+    """Return the highest guidance scale of the data that a head's card names, if it has one."""
+    if not (folder / "card.json").is_file():
+        return None
+    data = _read_json(folder / "card.json").get("data", {})
+    parts = [data, *data.get("rounds", {}).values()]
+    scales = [scale for part in parts for scale in part.get("guidance_scales", [])]
+    return max(scales, default=None)
 
 
 def _read(name: str, source: str, path: str, kind: str = "diffusers model") -> dict[str, Any]:

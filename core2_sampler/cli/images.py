@@ -19,7 +19,7 @@ _MIN_CELL = 128  # px: smaller images are enlarged in grids, so that captions ca
 def file_stem(prompt: str, seed: int, mode: str) -> str:
     """Name an image after its prompt, seed and mode; different prompts get different names."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
-    if words != prompt.replace(" ", "-"):
+    if words.replace("-", " ") != prompt:
         words += "-" + hashlib.sha256(prompt.encode()).hexdigest()[:6]
     return f"{words}-seed{seed}-{mode}"
 

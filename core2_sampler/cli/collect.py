@@ -9,12 +9,13 @@ from pathlib import Path
 import typer
 
 from core2_sampler.cli.launch import launched_on_cpu, start_missing_processes
-from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, Dtype
+from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
 from core2_sampler.cli.options import add_command, user_input
 from core2_sampler.collect import CollectConfig
 from core2_sampler.config import ConfigError, option
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 
+PINNED = ("model", "head", "max_sequence_length")  # a round keeps them, as it keeps CollectConfig
 PROMPTS_HELP = "A text file with one prompt a line, or `shapes`: training captions of that world."
 
 
@@ -36,6 +37,7 @@ class CollectOptions:
         0, help="Of each prompt's first trajectory, and of the draw of captions.", min=0
     )
     steps: int = option(28, help="Sampling steps.", min=1)
+    max_sequence_length: int = option(256, help=LENGTH_HELP, min=1, max=512)
     head: str | None = option(None, help="Head that drives an on-policy round: its folder.")
     device: str = option("auto", help=DEVICE_HELP)
     dtype: Dtype = option("auto", help=DTYPE_HELP)
@@ -138,11 +140,11 @@ def _collect(
             store=TrajectoryStore(options.output),
             config=options.kept,
             policy=policy,
-            about={"model": options.model, "head": options.head},
+            about={name: getattr(options, name) for name in PINNED},
             num_processes=state.num_processes,
             process_index=state.process_index,
             on_unit=lambda done, total: bars.set("trajectories", done, total),
-            **sampling_setup(pipe, options.steps),
+            **sampling_setup(pipe, options.steps, options.max_sequence_length),
         )
     print(f"process {state.process_index}: added {added} trajectories to {options.output}")
     state.wait_for_everyone()

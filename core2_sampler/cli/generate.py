@@ -9,7 +9,7 @@ from typing import Literal
 
 import typer
 
-from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, Dtype
+from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
 from core2_sampler.cli.options import add_command, user_input
 from core2_sampler.config import ConfigError, option
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
@@ -49,6 +49,7 @@ class GenerateConfig:
     negative_prompt: str | None = option(None, help="What not to draw.")
     height: int | None = option(None, help="Height in px; by default the model's.", min=1)
     width: int | None = option(None, help="Width in px; by default the model's.", min=1)
+    max_sequence_length: int = option(256, help=LENGTH_HELP, min=1, max=512)
     head: str | None = option(
         None, help="A weak head's folder or a control's name; by default the model's own."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from core2_sampler.cli.options import user_input
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 DTYPE_HELP = "Precision of the weights: fp32, fp16, bf16; auto is bf16 on CUDA and fp32 elsewhere."
+LENGTH_HELP = "T5 tokens of a prompt, as in the pipelines' call."
 MODEL_HELP = "An embedded model (shapes-sd3), a folder or a hub id owner/name."
 DEVICE_HELP = "A torch device such as cuda:0; auto takes the best one here."
 
@@ -61,19 +63,20 @@ def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
     return head
 
 
-def sampling_setup(pipe: Any, steps: int) -> dict[str, Any]:
+def sampling_setup(pipe: Any, steps: int, max_sequence_length: int) -> dict[str, Any]:
     """Return what Collect needs of a loaded pipeline, under the names of its arguments.
 
     Args:
         pipe: a Stable Diffusion 3 pipeline.
         steps: number of sampling steps.
+        max_sequence_length: T5 tokens of a prompt.
     """
     from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
 
     size = pipe.default_sample_size
     return {
         "denoiser": sd3_denoiser(pipe),
-        "encode": lambda prompts: sd3_encode(pipe, prompts),
+        "encode": partial(sd3_encode, pipe, max_sequence_length=max_sequence_length),
         "sigmas": sd3_sigmas(pipe, steps, (size, size)),
         "latent_shape": (pipe.transformer.config.in_channels, size, size),
     }

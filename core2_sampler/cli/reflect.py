@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from core2_sampler.cli.collect import PROMPTS_HELP, read_prompts
-from core2_sampler.cli.loading import DEVICE_HELP, MODEL_HELP
+from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
 from core2_sampler.cli.options import add_command, user_input
 from core2_sampler.config import ConfigError, option
 from core2_sampler.model_files import ModelFiles, find_model
@@ -48,6 +48,7 @@ class ReflectOptions:
     prompts: str = option("shapes", help="online: " + PROMPTS_HELP)
     num_prompts: int | None = option(None, help="online: only so many of the prompts.", min=1)
     sampling_steps: int = option(28, help="online: steps of a trajectory.", min=1)
+    max_sequence_length: int = option(256, help="online: " + LENGTH_HELP, min=1, max=512)
     guidance_scales: tuple[float, ...] = option(
         (4.5,), help="online: scales that drive the trajectories.", min=1
     )
@@ -130,7 +131,7 @@ def _reflect(
     from core2_sampler.weak_heads.card import save_head
 
     pipe = load_model(model, device, "fp32")
-    setup = sampling_setup(pipe, options.sampling_steps)
+    setup = sampling_setup(pipe, options.sampling_steps, options.max_sequence_length)
     with user_input():
         head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
         report = reflect(

@@ -29,7 +29,9 @@ app = typer.Typer(
 class TrainOptions:
     """Options of ``core2 shapes train``."""
 
-    part: Literal["vae", "clip", "sd3"] = option(help="vae, clip or sd3; sd3 needs the other two.")
+    part: Literal["vae", "clip", "t5", "sd3"] = option(
+        help="vae, clip, t5 or sd3; the last needs the others."
+    )
     minutes: float = option(help="Length of the training; time before a kill counts.", min=0.001)
     out: Path = option(
         Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"

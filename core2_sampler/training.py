@@ -1,205 +1,273 @@
-"""Time-boxed training that survives being killed: one loop for every model that we train.
+"""One training loop for every network that we train: timed, averaged, and safe to kill.
 
-The learning rate follows the clock, not a step count: warm-up, a plateau, then a linear decay that
-ends with the time box, however fast the machine is. State is written atomically as safetensors and
-JSON; the same call after a kill goes on where the last checkpoint stood. Data must be a function of
-the step number (``loss(step)``), so that nothing random needs to be saved.
+The end is a number of steps or a time box; the learning rate follows the share that is over, so it
+falls at the end of the box however fast the machine is. State is one safetensors file, written
+atomically; the same call after a kill goes on where it stood. ``loss(step)`` must draw its batch as
+a function of the step number alone, so nothing random needs to be saved.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import os
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from core2_sampler.config import option
+from core2_sampler.trajectory import write_atomic
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class TimeBox:
-    """How long to train and how fast to learn.
+class FitConfig:
+    """How a network is trained. Either ``steps`` or ``minutes`` ends the training."""
 
-    Attributes:
-        minutes: length of the box; time spent before a kill counts.
-        learning_rate: at the plateau.
-        warmup_steps: linear warm-up from zero.
-        decay_share: last share of the box (0 to 1) in which the rate falls linearly to 1 %.
-    """
+    steps: int | None = option(None, help="train for so many steps", min=1)
+    minutes: float | None = option(None, help="train for so long; time before a kill counts", min=0)
+    learning_rate: float = option(1e-3, help="highest learning rate of AdamW", min=0)
+    hold_share: float = option(
+        0.0, help="share of the training before the rate falls", min=0, max=1
+    )
+    final_share: float = option(0.02, help="learning rate at the end, as a share", min=0, max=1)
+    warmup_steps: int = option(30, help="steps of linear warm-up", min=1)
+    weight_decay: float = option(0.01, help="weight decay of AdamW", min=0)
+    ema_decay: float = option(0.998, help="decay of the averaged weights, per step", min=0, max=1)
+    clip: float = option(1.0, help="largest norm of the gradient", min=0)
+    evaluations: int = option(4, help="evaluations on held-out data, the last included", min=1)
+    save_seconds: float = option(30.0, help="seconds between two checkpoints", min=0)
 
-    minutes: float
-    learning_rate: float
-    warmup_steps: int = 100
-    decay_share: float = 0.4
+    def __post_init__(self) -> None:
+        """Check that exactly one end is given."""
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(
+                f"either steps or minutes must be given, got steps={self.steps} and "
+                f"minutes={self.minutes}"
+            )
 
-    def rate(self, step: int, seconds: float) -> float:
-        """Return the learning rate at ``step`` after ``seconds`` of training."""
-        left = 1 - seconds / (60 * self.minutes)
-        decay = min(1.0, max(left, 0.0) / self.decay_share) if self.decay_share else 1.0
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * max(decay, 0.01)
+    def rate(self, step: int, share: float) -> float:
+        """Return the learning rate of a step: linear warm-up, plateau, cosine to ``final_share``.
+
+        Args:
+            step: steps done.
+            share: share of the training that is over, 0 to 1.
+        """
+        fallen = max(0.0, min(share, 1.0) - self.hold_share) / max(1 - self.hold_share, 1e-9)
+        cosine = 0.5 * (1 + math.cos(math.pi * fallen))
+        decay = self.final_share + (1 - self.final_share) * cosine
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decay
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
+    """How far a training got.
+
+    Attributes:
+        step: steps done.
+        seconds: time spent, over all runs.
+        losses: [step, seconds, mean loss since the entry before].
+        evaluations: what ``evaluate`` returned each time, with the step.
+        done: whether the training ended.
+    """
+
     step: int = 0
     seconds: float = 0.0
-    losses: list[list[float]] = field(default_factory=list)  # [step, seconds, mean loss]
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a reader, or a kill, sees the old one or the new one, never a part.
-
-    Args:
-        path: the file.
-        write: called with a temporary path in the same folder.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def _save(
-    folder: Path,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: _Progress,
-) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    tensors |= _optimizer_tensors(optimizer)
-    # clones: shared storage cannot be written; the progress travels in the same file, so that the
-    # two can never disagree
-    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    note = {"step": progress.step, "seconds": progress.seconds, "losses": progress.losses}
-    metadata = {"progress": json.dumps(note)}
-    write_atomically(
-        folder / "checkpoint.safetensors", lambda path: save_file(tensors, path, metadata)
-    )
-
-
-def _load(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> _Progress:
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return _Progress()
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as handle:
-        progress = _Progress(**json.loads(handle.metadata()["progress"]))
-    for target, prefix in ((model, "model."), (ema, "ema.")):
-        part = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        target.load_state_dict(part)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return progress
+    losses: list[list[float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    done: bool = False
 
 
 def fit(
-    model: nn.Module,
+    module: nn.Module,
     loss: Callable[[int], Tensor],
-    box: TimeBox,
-    folder: Path,
+    config: FitConfig,
     *,
-    ema_decay: float = 0.999,
-    weight_decay: float = 0.01,
-    clip: float = 1.0,
+    folder: Path | None = None,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
     log: Log = print,
-    log_seconds: float = 20.0,
-    save_seconds: float = 60.0,
-) -> nn.Module:
-    """Train the parameters of ``model`` that require gradients; return the averaged model.
+) -> Progress:
+    """Train the parameters that require gradients, in place; they end as their averages.
 
     Args:
-        model: trained in place.
-        loss: scalar loss of a step; draws its own batch as a function of the step number.
-        box: time and learning rate.
-        folder: where the checkpoint lives; made if missing, continued if it holds one.
-        ema_decay: of the exponential moving average of the weights, per step.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        log: called with a line of progress: step, loss, rate, time left.
-        log_seconds: seconds between two lines.
-        save_seconds: seconds between two checkpoints.
-
-    Returns:
-        A copy of ``model`` with the averaged weights, in eval mode.
+        module: trained in place, in train mode; returned to eval mode.
+        loss: scalar loss of a step.
+        config: how to train; a checkpoint resumes only with the same.
+        folder: where the checkpoint lives; the same call after a kill continues from it. None
+            keeps no checkpoint.
+        evaluate: called on the averaged weights, ``config.evaluations`` times at equal distances.
+        log: called with lines of progress.
 
     Raises:
-        RuntimeError: if the loss is not finite, naming the step.
+        ValueError: if the folder has a checkpoint of other settings, the module has nothing to
+            train, or the loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, box.learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
-    progress = _load(folder, model, ema, optimizer)
-    if progress.step:
-        log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} of {box.minutes} min")
-    model.train()
-    before, mean, logged, saved = progress.seconds, [], time.monotonic(), time.monotonic()
-    started = time.monotonic()
-    while progress.seconds < 60 * box.minutes:
-        for group in optimizer.param_groups:
-            group["lr"] = box.rate(progress.step, progress.seconds)
-        value = loss(progress.step)
-        value.backward()
-        nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    run = _Run(module, config, None if folder is None else folder / "checkpoint.safetensors", log)
+    run.resume()
+    module.train()
+    run.loop(loss, evaluate)
+    module.eval()
+    return run.progress
+
+
+class _Run:
+    """The state of a training run, and the loop over it."""
+
+    def __init__(
+        self, module: nn.Module, config: FitConfig, checkpoint: Path | None, log: Log
+    ) -> None:
+        self.config, self.checkpoint, self.log = config, checkpoint, log
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"a network must have weights to train, got a {type(module).__name__}")
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            config.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.losses: list[Tensor] = []  # since the last report
+        self.progress = Progress()
+
+    def loop(
+        self, loss: Callable[[int], Tensor], evaluate: Callable[[], dict[str, Any]] | None
+    ) -> None:
+        progress = self.progress
+        started, saved = time.monotonic() - progress.seconds, time.monotonic()
+        while not progress.done and self._share() < 1:
+            self._step(loss(progress.step))
+            progress.seconds = time.monotonic() - started
+            if evaluate is not None and self._evaluation_due():
+                self._evaluate(evaluate)
+            if time.monotonic() - saved >= self.config.save_seconds:
+                self._report()
+                self.save()
+                saved = time.monotonic()
+        if progress.done:
+            return
+        self._load(self.ema)
+        self._report()
+        if evaluate is not None:
+            self._record(evaluate)
+        progress.done = True
+        self.save()
+
+    def _share(self) -> float:
+        """Return how much of the training is over, 0 to 1 and above."""
+        if self.config.steps is not None:
+            return self.progress.step / self.config.steps
+        return self.progress.seconds / max(60 * cast(float, self.config.minutes), 1e-9)
+
+    def _step(self, loss: Tensor) -> None:
+        config, progress = self.config, self.progress
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.rate(progress.step, self._share())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+        decay = min(config.ema_decay, (1 + progress.step) / (10 + progress.step))
+        for name, parameter in self.parameters.items():
+            self.ema[name].lerp_(parameter.detach(), 1 - decay)
         progress.step += 1
-        _average(ema, model, min(ema_decay, (1 + progress.step) / (10 + progress.step)))
-        mean.append(value.detach())
-        now = time.monotonic()
-        progress.seconds = before + now - started
-        if now - logged > log_seconds:
-            _report(progress, mean, box, log)
-            mean, logged = [], now
-        if now - saved > save_seconds:
-            _save(folder, model, ema, optimizer, progress)
-            saved = time.monotonic()
-    _save(folder, model, ema, optimizer, progress)
-    return ema
 
+    def _evaluation_due(self) -> bool:
+        share = self._share()
+        return share < 1 and share * self.config.evaluations >= len(self.progress.evaluations) + 1
 
-@torch.no_grad()
-def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    for average, current in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(current.detach(), 1 - decay)
-    for average, current in zip(ema.buffers(), model.buffers(), strict=True):
-        average.copy_(current)
+    def _evaluate(self, evaluate: Callable[[], dict[str, Any]]) -> None:
+        """Evaluate the averaged weights, then go on with the others."""
+        current = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._load(self.ema)
+        self._record(evaluate)
+        self._load(current)
 
+    def _record(self, evaluate: Callable[[], dict[str, Any]]) -> None:
+        entry = {"step": self.progress.step, **evaluate()}
+        self.progress.evaluations.append(entry)
+        self.log("  ".join(f"{k} {v:.4g}" for k, v in entry.items() if not isinstance(v, dict)))
 
-def _report(progress: _Progress, losses: list[Tensor], box: TimeBox, log: Log) -> None:
-    mean = float(torch.stack(losses).mean())
-    if not torch.isfinite(torch.tensor(mean)):
-        raise RuntimeError(f"the loss must stay finite, got {mean} near step {progress.step}")
-    progress.losses.append([progress.step, round(progress.seconds, 1), round(mean, 5)])
-    rate = progress.step / progress.seconds
-    left = box.minutes - progress.seconds / 60
-    log(f"step {progress.step}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.1f} min left")
+    @torch.no_grad()
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def _report(self) -> None:
+        """Log and keep the mean loss since the last report.
+
+        Raises:
+            ValueError: if it is not finite; so no such weights reach a checkpoint.
+        """
+        if not self.losses:
+            return
+        progress, loss = self.progress, float(torch.stack(self.losses).mean())
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss must stay finite, got {loss} before step {progress.step}")
+        self.losses = []
+        progress.losses.append([progress.step, round(progress.seconds, 1), loss])
+        left = progress.seconds * (1 / max(self._share(), 1e-9) - 1)
+        rate = progress.step / max(progress.seconds, 1e-9)
+        self.log(
+            f"step {progress.step}  loss {loss:.4f}  {rate:.2f} steps/s  "
+            f"{progress.seconds:.0f} s done, {max(left, 0):.0f} s left"
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint: one file, so that its parts can never disagree."""
+        if self.checkpoint is None:
+            return
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+        about = {"progress": asdict(self.progress), "config": asdict(self.config)}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomic(self.checkpoint, save(contiguous, {"about": json.dumps(about)}))
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one.
+
+        Raises:
+            ValueError: if it is of another network or other settings.
+        """
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return
+        device = str(next(iter(self.parameters.values())).device)
+        with safe_open(self.checkpoint, framework="pt", device=device) as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self._check(about["config"], tensors)
+        self._load({name: tensors[f"model.{name}"] for name in self.parameters})
+        self.ema = {name: tensors[f"ema.{name}"].clone() for name in self.parameters}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.progress = Progress(**about["progress"])
+        self.log(f"resumed at step {self.progress.step}, {self.progress.seconds:.0f} s")
+
+    def _check(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        wanted = json.loads(json.dumps(asdict(self.config)))
+        changed = [f"{k}={config.get(k)}" for k in wanted if config.get(k) != wanted[k]]
+        shapes = {f"model.{name}": p.shape for name, p in self.parameters.items()}
+        if shapes != {n: t.shape for n, t in tensors.items() if n.startswith("model.")}:
+            changed.append("a network of another shape")
+        if changed:
+            raise ValueError(
+                f"a training must resume with its own settings, got a checkpoint with "
+                f"{', '.join(changed)} in {self.checkpoint}: take another folder, or remove it"
+            )

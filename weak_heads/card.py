@@ -48,9 +48,9 @@ def make_card(head: WeakHead, report: Report) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "data": report.data,
         "noise_bins": report.bins,
-        "relative_gap_error": progress.errors,
-        "relative_gap_error_total": progress.held_out[-1][1],
-        "held_out_curve": progress.held_out,
+        "relative_gap_error": report.errors,
+        "relative_gap_error_total": report.held_out[-1][1],
+        "held_out_curve": report.held_out,
         "loss_curve": progress.losses,
     }
 

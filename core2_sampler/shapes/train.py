@@ -26,12 +26,13 @@ from core2_sampler.shapes import models
 from core2_sampler.shapes.render import render
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
 from core2_sampler.shapes.world import Prompt, training_prompt
-from core2_sampler.training import Log, TimeBox, fit
+from core2_sampler.training import FitConfig, Log, fit
 
 PARTS = ("vae", "clip", "t5", "sd3")
 PROMPT_DROPOUT = 0.1
 LONG_SHARE = 0.08  # of the steps pad T5 to 256 tokens, as a stock pipeline does unless told not to
 LONG_TOKENS = 256
+_EMA_DECAY = {"vae": 0.999, "clip": 0.99, "t5": 0.99, "sd3": 0.999}
 _MASK_SHARE = 0.3  # of the words that T5 has to guess
 _KL_WEIGHT = 2e-3  # per latent element, against the mean absolute error of a pixel in [-1, 1]
 _BATCH = {"vae": 32, "clip": 192, "t5": 256, "sd3": 64}
@@ -220,11 +221,21 @@ def _latent_scale(vae: AutoencoderKL) -> float:
         return 1 / float(vae.encode(pixels).latent_dist.mean.std())
 
 
+def _config(part: str, minutes: float) -> FitConfig:
+    return FitConfig(
+        minutes=minutes,
+        learning_rate=_RATE[part],
+        hold_share=0.6,
+        final_share=0.01,
+        warmup_steps=100,
+        ema_decay=_EMA_DECAY[part],
+    )
+
+
 def train_vae(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the autoencoder into ``folder/vae``."""
     vae = models.build_vae().to(device)
-    box = TimeBox(minutes, _RATE["vae"])
-    vae = fit(vae, _vae_loss(vae, device), box, folder / "vae.run", log=log)
+    fit(vae, _vae_loss(vae, device), _config("vae", minutes), folder=folder / "vae.run", log=log)
     vae.register_to_config(scaling_factor=round(_latent_scale(vae), 4), shift_factor=0.0)
     vae.half().save_pretrained(folder / "vae")
 
@@ -232,8 +243,8 @@ def train_vae(folder: Path, minutes: float, device: torch.device, log: Log) -> N
 def train_clip(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the CLIP pair into ``folder/clip``; its text tower into ``folder/text_encoder``."""
     clip = models.build_clip().to(device)
-    box = TimeBox(minutes, _RATE["clip"])
-    clip = fit(clip, _clip_loss(clip, device), box, folder / "clip.run", log=log, ema_decay=0.99)
+    loss = _clip_loss(clip, device)
+    fit(clip, loss, _config("clip", minutes), folder=folder / "clip.run", log=log)
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
     encoder.text_model.load_state_dict(clip.text_model.state_dict())
     encoder.text_projection.load_state_dict(clip.text_projection.state_dict())
@@ -246,8 +257,7 @@ def train_clip(folder: Path, minutes: float, device: torch.device, log: Log) -> 
 def train_t5(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the T5 encoder into ``folder/text_encoder_3``."""
     t5 = models.build_t5().to(device)
-    box = TimeBox(minutes, _RATE["t5"])
-    t5 = fit(t5, _t5_loss(t5, device), box, folder / "t5.run", log=log, ema_decay=0.99)
+    fit(t5, _t5_loss(t5, device), _config("t5", minutes), folder=folder / "t5.run", log=log)
     t5.half().save_pretrained(folder / "text_encoder_3")
 
 
@@ -256,8 +266,7 @@ def train_sd3(folder: Path, minutes: float, device: torch.device, log: Log) -> N
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(device)
     transformer = models.build_sd3().to(device)
     loss = _flow_loss(transformer, vae, TextEncoders.load(folder, device), "sd3")
-    box = TimeBox(minutes, _RATE["sd3"])
-    transformer = fit(transformer, loss, box, folder / "sd3.run", log=log)
+    fit(transformer, loss, _config("sd3", minutes), folder=folder / "sd3.run", log=log)
     save_half(models.assemble_sd3(transformer, folder), folder / "sd3")
 
 

@@ -1,10 +1,12 @@
-"""The time-boxed training loop: its rate, its result, and that a kill loses nothing but time."""
+"""The training loop: its rate, its result, and that a kill loses nothing but time."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from core2_sampler.training import TimeBox, fit, write_atomically
+from core2_sampler.training import FitConfig, fit
 
 
 def regression(model: nn.Module):
@@ -22,80 +24,90 @@ def quiet(_: str) -> None:
     pass
 
 
-def test_the_rate_warms_up_stays_and_falls_with_the_clock():
-    box = TimeBox(minutes=10, learning_rate=1.0, warmup_steps=10, decay_share=0.5)
-    assert box.rate(0, 0) == pytest.approx(0.1)
-    assert box.rate(50, 250) == 1.0
-    assert box.rate(50, 450) == pytest.approx(0.5)
-    assert box.rate(50, 600) == pytest.approx(0.01)
+def run(model, loss=None, folder=None, evaluate=None, **config):
+    config = {"learning_rate": 0.05, "warmup_steps": 5, "save_seconds": 0} | config
+    loss = loss or regression(model)
+    return fit(model, loss, FitConfig(**config), folder=folder, evaluate=evaluate, log=quiet)
 
 
-def test_fit_finds_the_least_squares_solution(tmp_path):
+def test_the_rate_warms_up_holds_and_falls_with_the_share():
+    config = FitConfig(
+        minutes=10, learning_rate=1.0, warmup_steps=10, hold_share=0.5, final_share=0.1
+    )
+    assert config.rate(0, 0) == pytest.approx(0.1)
+    assert config.rate(50, 0.4) == 1.0
+    assert config.rate(50, 0.75) == pytest.approx(0.55)
+    assert config.rate(50, 1.0) == pytest.approx(0.1)
+    quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
+    assert config.rate(50, 0.625) == pytest.approx(quarter)
+
+
+def test_fit_finds_the_least_squares_solution():
     model = nn.Linear(2, 1)
-    box = TimeBox(0.03, 0.05, warmup_steps=5)
-    average = fit(model, regression(model), box, tmp_path, ema_decay=0.9, weight_decay=0, log=quiet)
-    torch.testing.assert_close(average.weight, torch.tensor([[3.0, -2.0]]), atol=0.05, rtol=0)
-    torch.testing.assert_close(average.bias, torch.tensor([1.0]), atol=0.05, rtol=0)
+    run(model, steps=300, ema_decay=0.9, weight_decay=0)
+    torch.testing.assert_close(model.weight, torch.tensor([[3.0, -2.0]]), atol=0.02, rtol=0)
+    torch.testing.assert_close(model.bias, torch.tensor([1.0]), atol=0.02, rtol=0)
 
 
-def test_a_run_that_died_goes_on_where_its_checkpoint_stood(tmp_path):
+def test_only_what_requires_gradients_is_trained():
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    run(model, steps=20)
+    assert torch.equal(model.bias, before)
+
+
+def test_a_run_that_died_ends_as_one_that_did_not(tmp_path):
     steps: list[int] = []
 
     def dying(model: nn.Module, limit: int):
         inner = regression(model)
 
         def loss(step: int) -> torch.Tensor:
-            if step >= limit:
+            if step == limit:
                 raise KeyboardInterrupt
             steps.append(step)
             return inner(step)
 
         return loss
 
-    box = TimeBox(0.01, 0.05, warmup_steps=5)
+    whole = nn.Linear(2, 1)
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    run(whole, steps=60)
+    for limit in (20, 21, 45):
+        model = nn.Linear(2, 1)
+        model.load_state_dict(start if limit == 20 else model.state_dict())
+        with pytest.raises(KeyboardInterrupt):
+            run(model, dying(model, limit), tmp_path, steps=60)
+    last = nn.Linear(2, 1)
+    run(last, dying(last, -1), tmp_path, steps=60)
+    assert steps == list(range(60))  # every step once: none lost, none doubled
+    assert torch.equal(last.weight, whole.weight) and torch.equal(last.bias, whole.bias)
+
+
+def test_the_time_box_counts_the_time_before_a_kill(tmp_path):
+    first = run(nn.Linear(2, 1), folder=tmp_path, minutes=0.005)
+    assert first.done and first.seconds >= 0.3
+    again = run(nn.Linear(2, 1), folder=tmp_path, minutes=0.005)
+    assert again == first
+
+
+def test_evaluations_see_the_averaged_weights_at_equal_distances():
     model = nn.Linear(2, 1)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, dying(model, 20), box, tmp_path, log=quiet, save_seconds=0)
-    weights = model.weight.detach().clone()
-    steps.clear()
-    again = nn.Linear(2, 1)
-    with pytest.raises(KeyboardInterrupt):
-        fit(again, dying(again, 20), box, tmp_path, log=quiet, save_seconds=0)
-    assert steps == []  # steps 0 to 19 were saved: nothing is done twice
-    torch.testing.assert_close(again.weight.detach(), weights, rtol=0, atol=0)
-    fit(again, dying(again, 10**9), box, tmp_path, log=quiet, save_seconds=0)
-    assert steps[0] == 20
+    seen = []
+
+    def evaluate():
+        seen.append(model.weight.detach().clone())
+        return {"norm": float(model.weight.detach().norm())}
+
+    progress = run(model, evaluate=evaluate, steps=40, evaluations=4, ema_decay=0.99)
+    assert [entry["step"] for entry in progress.evaluations] == [10, 20, 30, 40]
+    assert torch.equal(seen[-1], model.weight)
+    assert progress.evaluations[-1]["norm"] == pytest.approx(float(model.weight.norm()))
 
 
-def test_a_finished_run_is_not_trained_further(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     model = nn.Linear(2, 1)
-    box = TimeBox(0.005, 0.05)
-    first = fit(model, regression(model), box, tmp_path, log=quiet)
-    again = fit(nn.Linear(2, 1), regression(model), box, tmp_path, log=quiet)
-    torch.testing.assert_close(again.weight, first.weight, rtol=0, atol=0)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = nn.Linear(2, 1)
-    with pytest.raises(RuntimeError, match="must stay finite.*near step"):
-        fit(
-            model,
-            lambda step: model(torch.full((1, 2), torch.nan)).sum(),
-            TimeBox(0.01, 0.05),
-            tmp_path,
-            log=quiet,
-            log_seconds=0,
-        )
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "state"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
+    with pytest.raises(ValueError, match="must stay finite, got nan"):
+        run(model, lambda step: model(torch.full((1, 2), torch.nan)).sum(), tmp_path, steps=9)
+    assert not (tmp_path / "checkpoint.safetensors").exists()

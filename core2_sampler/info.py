@@ -73,6 +73,26 @@ def attention_backends() -> list[str]:
     return sorted(usable)
 
 
+def check_torchvision() -> None:
+    """Check that a torchvision, if there is one, fits torch; transformers fails on another.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+    except (ImportError, RuntimeError, OSError) as error:
+        found = versions()
+        raise ValueError(
+            f"torchvision must be built for the torch beside it, got {found.get('torchvision')} "
+            f"with torch {found.get('torch')} ({str(error).splitlines()[0]}): install both from "
+            "one index, or uninstall torchvision"
+        ) from error
+
+
 def environment(device: str) -> dict[str, Any]:
     """Return versions and device as they go into every result's record."""
     return {"device": describe_device(device), "versions": versions()}

@@ -59,6 +59,10 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
+def name_of(value: list[str] | str) -> str:
+    return " ".join(value) if isinstance(value, list) else ""
+
+
 GENERATE = [
     (["--mode", "fats"], "did you mean 'fast'?"),
     (["--steps", "0"], "steps must be at least 1, got 0"),
@@ -100,7 +104,7 @@ GENERATE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), GENERATE, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("arguments", "text"), GENERATE, ids=name_of)
 def test_generate(
     folders: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ):
@@ -150,7 +154,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), OTHERS, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("arguments", "text"), OTHERS, ids=name_of)
 def test_other_commands(
     folders: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ):

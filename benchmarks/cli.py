@@ -59,7 +59,7 @@ def bench_shapes(config: ShapesConfig) -> None:
         if config.sheets and cfg is not None:
             _write_sheets(study, config.out.with_suffix(""), group, cfg)
     legend = "\n".join(f"- {name}: {ARMS.get(name).about}" for name in names)
-    _finish(config, rows, "Shapes: ways of sampling", legend)
+    _finish(config, study, rows, "Shapes: ways of sampling", legend)
 
 
 def bench_sweep(config: SweepConfig) -> None:
@@ -77,7 +77,7 @@ def bench_sweep(config: SweepConfig) -> None:
     text = f"Best guidance scale: {best.guidance_scale:g}, overall {100 * best.value:.1f}"
     if base is not None:
         text += f", {100 * (best.value - overall[0].value):+.1f} points against scale 1"
-    _finish(config, rows, "Shapes: CFG at several guidance scales", text + ".")
+    _finish(config, study, rows, "Shapes: CFG at several guidance scales", text + ".")
 
 
 def bench_knee(config: KneeConfig) -> None:
@@ -95,7 +95,7 @@ def bench_knee(config: KneeConfig) -> None:
     knee = find_knee(rows)
     text = f"Knee: N = {knee}, the smallest of these" if knee else "No knee: there is no N here"
     text += f" at which CFG loses less than {100 * KNEE_LOSS:g} point of overall against 2N."
-    _finish(config, rows, "Shapes: how many steps CFG needs", text)
+    _finish(config, study, rows, "Shapes: how many steps CFG needs", text)
 
 
 COMMANDS: dict[str, tuple[type[Any], Any]] = {
@@ -176,7 +176,7 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pipe = load_pipeline(model.source, dtype=torch.float32, **dict.fromkeys(model.absent))
+    pipe = load_pipeline(model.source, dtype=torch.float32)
     return Study(
         pipe=pipe.to(device),
         family=model.family,
@@ -186,7 +186,7 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         folder=config.cache,
         batch_size=config.batch_size,
         dtype=config.dtype,
-        max_sequence_length=config.max_sequence_length,
+        max_sequence_length=config.max_sequence_length or model.tokens,
     )
 
 
@@ -225,7 +225,7 @@ def _rows(
     return result_rows(study, result, other, against=against, command=command_line(config))
 
 
-def _finish(config: BenchConfig, rows: Sequence[Row], title: str, text: str) -> None:
+def _finish(config: BenchConfig, study: Study, rows: Sequence[Row], title: str, text: str) -> None:
     """Write the table and print it."""
     from core2_sampler.benchmarks.report import markdown_table, provenance, write_table
     from core2_sampler.info import pick_device
@@ -234,7 +234,7 @@ def _finish(config: BenchConfig, rows: Sequence[Row], title: str, text: str) -> 
         pick_device(config.study.device),
         model=config.study.model,
         dtype=config.study.dtype,
-        max_sequence_length=config.study.max_sequence_length,
+        max_sequence_length=study.max_sequence_length,
         prompts=f"{config.study.prompts} of split {config.study.split}",
         seeds=list(range(config.study.seeds)),
     )

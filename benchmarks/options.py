@@ -26,9 +26,9 @@ class StudyConfig:
     dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
     device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
     threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
-    max_sequence_length: int = option(
-        256,
-        help="T5 tokens, as in the pipelines' call; zeros where there is no T5.",
+    max_sequence_length: int | None = option(
+        None,
+        help="T5 tokens; by default the stock call's, or the model's if fewer.",
         min=1,
         max=512,
     )

@@ -17,6 +17,9 @@ UNTRAINED = ("cond", "last_gap")
 """Controls that need no weights, so that their name is enough."""
 
 _STOCK_SCALE = {"sd3": 7.0}  # default guidance_scale of the stock call
+STOCK_TOKENS = 256
+"""Default ``max_sequence_length`` of the stock SD3 call."""
+
 _FAMILIES = {"CoRe2StableDiffusion3Pipeline": "sd3"}
 
 
@@ -60,8 +63,8 @@ class ModelFiles:
         size: default height and width, px.
         multiple: height and width must be a multiple of it, px.
         largest: greatest height and width, px.
-        absent: components that it does without, such as SD3's third text encoder; the stock
-            loader wants to be told.
+        tokens: T5 tokens of a prompt unless others are asked for: the stock call's default, or
+            fewer where the tokenizer was made for fewer.
     """
 
     name: str
@@ -71,7 +74,7 @@ class ModelFiles:
     size: int
     multiple: int
     largest: int
-    absent: tuple[str, ...] = ()
+    tokens: int = STOCK_TOKENS
 
     @property
     def guidance_scale(self) -> float:
@@ -122,10 +125,17 @@ def find_model(name: str) -> ModelFiles:
             size=transformer["sample_size"] * pixels,
             multiple=token,
             largest=transformer["pos_embed_max_size"] * token,
-            absent=tuple(key for key, part in index.items() if part == [None, None]),
+            tokens=_prompt_tokens(name, source, index),
         )
     except KeyError as error:
         raise ConfigError(f"{name} is not a usable model: its configs lack {error}") from None
+
+
+def _prompt_tokens(name: str, source: str, index: dict[str, Any]) -> int:
+    if index.get("tokenizer_3", [None, None])[0] is None:
+        return STOCK_TOKENS
+    tokenizer = _read(name, source, "tokenizer_3/tokenizer_config.json")
+    return min(STOCK_TOKENS, int(tokenizer.get("model_max_length", STOCK_TOKENS)))
 
 
 def model_source(name: str) -> str:

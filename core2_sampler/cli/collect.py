@@ -15,7 +15,6 @@ from core2_sampler.collect import CollectConfig
 from core2_sampler.config import ConfigError, option
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 
-PINNED = ("model", "head", "max_sequence_length")  # a round keeps them, as it keeps CollectConfig
 PROMPTS_HELP = "A text file with one prompt a line, or `shapes`: training captions of that world."
 
 
@@ -37,7 +36,7 @@ class CollectOptions:
         0, help="Of each prompt's first trajectory, and of the draw of captions.", min=0
     )
     steps: int = option(28, help="Sampling steps.", min=1)
-    max_sequence_length: int = option(256, help=LENGTH_HELP, min=1, max=512)
+    max_sequence_length: int | None = option(None, help=LENGTH_HELP, min=1, max=512)
     head: str | None = option(None, help="Head that drives an on-policy round: its folder.")
     device: str = option("auto", help=DEVICE_HELP)
     dtype: Dtype = option("auto", help=DTYPE_HELP)
@@ -130,8 +129,10 @@ def _collect(
     if device == "cuda":
         device = str(state.device)  # one GPU for each process
     pipe = load_model(model, device, options.dtype)
+    tokens = options.max_sequence_length or model.tokens
     policy = None if head is None else load_weak_head(head, pipe)
     seeds = range(options.seed, options.seed + options.num_seeds)
+    about = {"model": options.model, "head": options.head, "max_sequence_length": tokens}
     jobs = [Job(text, key, seed) for key, text in prompts for seed in seeds]
     shown = progress_bars({"trajectories": None}, state.is_main_process)
     with user_input(), shown as bars:
@@ -140,11 +141,11 @@ def _collect(
             store=TrajectoryStore(options.output),
             config=options.kept,
             policy=policy,
-            about={name: getattr(options, name) for name in PINNED},
+            about=about,
             num_processes=state.num_processes,
             process_index=state.process_index,
             on_unit=lambda done, total: bars.set("trajectories", done, total),
-            **sampling_setup(pipe, options.steps, options.max_sequence_length),
+            **sampling_setup(pipe, options.steps, tokens),
         )
     print(f"process {state.process_index}: added {added} trajectories to {options.output}")
     state.wait_for_everyone()

@@ -90,7 +90,7 @@ class Studio:
             num_inference_steps=steps,
             guidance_scale=self.job.guidance_scale,
             num_images_per_prompt=len(seeds),
-            max_sequence_length=self.config.max_sequence_length,
+            max_sequence_length=self.job.tokens,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=on_step,
             core2=core2,
@@ -124,7 +124,7 @@ class Studio:
             "head": arm.head,
             "height": job.height,
             "width": job.width,
-            "max_sequence_length": config.max_sequence_length,
+            "max_sequence_length": job.tokens,
             "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
             **environment(job.device),
         }

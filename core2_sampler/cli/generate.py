@@ -49,7 +49,7 @@ class GenerateConfig:
     negative_prompt: str | None = option(None, help="What not to draw.")
     height: int | None = option(None, help="Height in px; by default the model's.", min=1)
     width: int | None = option(None, help="Width in px; by default the model's.", min=1)
-    max_sequence_length: int = option(256, help=LENGTH_HELP, min=1, max=512)
+    max_sequence_length: int | None = option(None, help=LENGTH_HELP, min=1, max=512)
     head: str | None = option(
         None, help="A weak head's folder or a control's name; by default the model's own."
     )
@@ -69,6 +69,7 @@ class Job:
     guidance_scale: float
     height: int
     width: int
+    tokens: int
     device: str
 
 
@@ -112,7 +113,8 @@ def check(config: GenerateConfig) -> Job:
     if head is not None and plan.needs_head:
         head.check_scale(scale)
     used = head if plan.needs_head else None
-    return Job(model, used, core2, plan, scale, height, width, device)
+    tokens = config.max_sequence_length or model.tokens
+    return Job(model, used, core2, plan, scale, height, width, tokens, device)
 
 
 def core2_config(config: GenerateConfig) -> Core2Config:

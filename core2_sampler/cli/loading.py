@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 DTYPE_HELP = "Precision of the weights: fp32, fp16, bf16; auto is bf16 on CUDA and fp32 elsewhere."
-LENGTH_HELP = "T5 tokens of a prompt, as in the pipelines' call."
+LENGTH_HELP = "T5 tokens of a prompt; by default the stock call's, or the model's if fewer."
 MODEL_HELP = "An embedded model (shapes-sd3), a folder or a hub id owner/name."
 DEVICE_HELP = "A torch device such as cuda:0; auto takes the best one here."
 
@@ -37,7 +37,7 @@ def load_model(model: ModelFiles, device: str, dtype: Dtype = "auto") -> Any:
     if dtype == "auto":
         dtype = "bf16" if torch.device(device).type == "cuda" else "fp32"
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    pipe = load_pipeline(model.source, dtype=dtypes[dtype], **dict.fromkeys(model.absent))
+    pipe = load_pipeline(model.source, dtype=dtypes[dtype])
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

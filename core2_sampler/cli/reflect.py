@@ -48,7 +48,7 @@ class ReflectOptions:
     prompts: str = option("shapes", help="online: " + PROMPTS_HELP)
     num_prompts: int | None = option(None, help="online: only so many of the prompts.", min=1)
     sampling_steps: int = option(28, help="online: steps of a trajectory.", min=1)
-    max_sequence_length: int = option(256, help="online: " + LENGTH_HELP, min=1, max=512)
+    max_sequence_length: int | None = option(None, help="online: " + LENGTH_HELP, min=1, max=512)
     guidance_scales: tuple[float, ...] = option(
         (4.5,), help="online: scales that drive the trajectories.", min=1
     )
@@ -131,7 +131,8 @@ def _reflect(
     from core2_sampler.weak_heads.card import save_head
 
     pipe = load_model(model, device, "fp32")
-    setup = sampling_setup(pipe, options.sampling_steps, options.max_sequence_length)
+    tokens = options.max_sequence_length or model.tokens
+    setup = sampling_setup(pipe, options.sampling_steps, tokens)
     with user_input():
         head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
         report = reflect(

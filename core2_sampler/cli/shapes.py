@@ -36,6 +36,9 @@ class TrainOptions:
     out: Path = option(
         Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"
     )
+    start: Path | None = option(
+        None, help="Pipeline folder whose networks are taken over instead of fresh ones."
+    )
     device: str = option("auto", help=DEVICE_HELP)
 
 
@@ -67,7 +70,8 @@ def train(options: TrainOptions) -> None:
     from core2_sampler.shapes.train import train as train_part
 
     with user_input():
-        train_part(options.part, options.out, options.minutes, pick_device(options.device))
+        device = pick_device(options.device)
+        train_part(options.part, options.out, options.minutes, device, start=options.start)
 
 
 def render(options: RenderOptions) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,9 @@ from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build
 from core2_sampler.shapes.world import Prompt, training_prompt
 from core2_sampler.training import FitConfig, Log, fit
 
-PARTS = ("vae", "clip", "t5", "sd3")
+DENOISERS = ("sd3",)
+PARTS = ("vae", "clip", "t5", *DENOISERS)
+_SHARED = ("vae", "text_encoder", "text_encoder_3")  # what a denoiser is trained beside
 PROMPT_DROPOUT = 0.1
 LONG_SHARE = 0.08  # of the steps pad T5 to 256 tokens, as a stock pipeline does unless told not to
 LONG_TOKENS = 256
@@ -264,10 +267,24 @@ def train_t5(folder: Path, minutes: float, device: torch.device, log: Log) -> No
 def train_sd3(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the SD3.5-style transformer; ``folder/sd3`` becomes a stock pipeline folder."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(device)
-    transformer = models.build_sd3().to(device)
+    begun = folder / "sd3.start"  # see `_take_over`
+    fresh = models.build_sd3()
+    transformer = SD3Transformer2DModel.from_pretrained(begun) if begun.exists() else fresh
+    transformer = transformer.to(device)
     loss = _flow_loss(transformer, vae, TextEncoders.load(folder, device), "sd3")
     fit(transformer, loss, _config("sd3", minutes), folder=folder / "sd3.run", log=log)
     save_half(models.assemble_sd3(transformer, folder), folder / "sd3")
+
+
+def _take_over(start: Path, folder: Path) -> None:
+    """Copy the networks of a trained pipeline that ``folder`` does not have yet."""
+    if not (start / "model_index.json").is_file():
+        raise ValueError(f"start must be a pipeline folder, got {start}")
+    for name in _SHARED:
+        if not (folder / name).exists():
+            shutil.copytree(start / name, folder / name)
+    if not (folder / "sd3.start").exists():
+        shutil.copytree(start / "transformer", folder / "sd3.start")
 
 
 def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -284,7 +301,15 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
         )
 
 
-def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log = print) -> None:
+def train(
+    part: str,
+    folder: Path,
+    minutes: float,
+    device: str = "cpu",
+    *,
+    start: Path | None = None,
+    log: Log = print,
+) -> None:
     """Train one part into ``folder``; the same call after a kill goes on.
 
     Args:
@@ -292,6 +317,8 @@ def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log
         folder: holds the finished parts and their checkpoints.
         minutes: time box; the learning rate falls at its end.
         device: a torch device.
+        start: a trained pipeline folder; its VAE and text encoders become parts, and its denoiser
+            is where a denoiser part begins.
         log: called with lines of progress.
 
     Raises:
@@ -299,8 +326,12 @@ def train(part: str, folder: Path, minutes: float, device: str = "cpu", log: Log
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
-    if part == "sd3":
-        for needed in ("vae", "text_encoder", "text_encoder_3"):
+    if start is not None:
+        if part not in DENOISERS:
+            raise ValueError(f"start must be left out for part {part!r}, got {start}")
+        _take_over(start, folder)
+    if part in DENOISERS:
+        for needed in _SHARED:
             if not (folder / needed).is_dir():
                 raise ValueError(f"{folder / needed} must exist: train vae, clip and t5 first")
     torch.manual_seed(0)  # initial weights; nothing else draws from the global generator

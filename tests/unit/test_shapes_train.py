@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from core2_sampler.shapes import models, train
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, words
@@ -73,6 +73,18 @@ def test_every_word_is_one_t5_token():
     tokenizer = build_t5_tokenizer()
     assert all(len(tokenizer(word).input_ids) == 2 for word in words())
     assert tokenizer.unk_token_id not in tokenizer("a zebra, 3!").input_ids
+
+
+def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
+    first = SD3Transformer2DModel.from_pretrained(parts / "sd3" / "transformer")
+    train.train("sd3", tmp_path, 1e-6, start=parts / "sd3", log=quiet)  # one step of warm-up
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer")
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-2)
+    with pytest.raises(ValueError, match="left out for part 'vae'"):
+        train.train("vae", tmp_path, 1, start=parts / "sd3")
+    with pytest.raises(ValueError, match="must be a pipeline folder"):
+        train.train("sd3", tmp_path, 1, start=tmp_path / "none")
 
 
 def test_parts_are_trained_in_order(tmp_path):

@@ -12,6 +12,8 @@ OPTIONAL = ("torchvision", "xformers", "open_clip_torch", "peft", "gradio")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the packages that images depend on."""
+    import torch
+
     from core2_sampler import __version__
 
     found = {"python": platform.python_version(), "core2_sampler": __version__}
@@ -20,7 +22,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with the build, such as +cpu, that pip leaves out
 
 
 def pick_device(name: str = "auto") -> str:

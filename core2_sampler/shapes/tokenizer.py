@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from core2_sampler.shapes.world import COLORS, NUMBERS, PREFIXES, RELATIONS, SHAPES
@@ -28,7 +26,6 @@ def _byte_symbols() -> list[str]:
     return [table[byte] for byte in range(256)]
 
 
-@cache
 def build_tokenizer() -> CLIPTokenizer:
     """Return the CLIP tokenizer: bytes, then merges that build each word of the grammar."""
     symbols = _byte_symbols()
@@ -45,7 +42,6 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=MAX_TOKENS)
 
 
-@cache
 def build_t5_tokenizer() -> T5Tokenizer:
     """Return the T5 tokenizer: a unigram model of the words, with printable ASCII for the rest."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

@@ -21,7 +21,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from core2_sampler.shapes import models
 from core2_sampler.shapes.render import render
@@ -132,13 +138,16 @@ class TextEncoders:
 
     clip: CLIPTextModelWithProjection
     t5: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    t5_tokenizer: T5Tokenizer
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> TextEncoders:
         """Load both from ``text_encoder`` and ``text_encoder_3`` of a folder, in float32."""
         clip = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
         t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_3")
-        return cls(clip.float().to(device).eval(), t5.float().to(device).eval())
+        networks = (clip.float().to(device).eval(), t5.float().to(device).eval())
+        return cls(*networks, build_tokenizer(), build_t5_tokenizer())
 
     @torch.no_grad()
     def __call__(self, texts: list[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
@@ -147,9 +156,9 @@ class TextEncoders:
         Returns:
             Token embeddings [B, 16 + t5_tokens, 256] and pooled embeddings [B, 256].
         """
-        ids = build_tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt")
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         out = self.clip(ids.input_ids.to(self.clip.device), output_hidden_states=True)
-        t5_ids = build_t5_tokenizer()(
+        t5_ids = self.t5_tokenizer(
             texts, padding="max_length", max_length=t5_tokens, truncation=True, return_tensors="pt"
         )
         t5 = self.t5(t5_ids.input_ids.to(self.t5.device)).last_hidden_state
@@ -291,14 +300,16 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline in float16 that ``from_pretrained`` loads in float32 unless told otherwise.
 
     diffusers loads networks in float32 by default, but transformers in the dtype that the config
-    names: left alone, the text encoders would not match the denoiser.
+    names: left alone, the text encoders would not match the denoiser. Where the networks were
+    loaded from is nobody else's business.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    for path in folder.glob("text_encoder*/config.json"):
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(
-            json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8"
-        )
+        config.pop("_name_or_path", None)
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def train(

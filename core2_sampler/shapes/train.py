@@ -29,6 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from core2_sampler.reflect import resolve_precision
 from core2_sampler.shapes import models
 from core2_sampler.shapes.render import render
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
@@ -66,9 +67,9 @@ def sample_images(step: int, prompts: list[Prompt]) -> Tensor:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 where the processor multiplies it faster than float32."""
-    supported = device.type != "cpu" or torch.backends.mkldnn.is_available()
-    return torch.autocast(device.type, torch.bfloat16, enabled=supported)
+    """bfloat16 where the device computes it natively, as in Reflect."""
+    native = resolve_precision("auto", device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 def _vae_loss(vae: AutoencoderKL, device: torch.device) -> Callable[[int], Tensor]:

@@ -29,15 +29,15 @@ app = typer.Typer(
 class TrainOptions:
     """Options of ``core2 shapes train``."""
 
-    part: Literal["vae", "clip", "t5", "sd3"] = option(
-        help="vae, clip, t5 or sd3; the last needs the others."
+    part: Literal["vae", "clip", "t5", "sd3", "sdxl", "flux"] = option(
+        help="vae, clip, t5, or a denoiser, which needs those three: sd3, sdxl or flux."
     )
     minutes: float = option(help="Length of the training; time before a kill counts.", min=0.001)
     out: Path = option(
         Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"
     )
     start: Path | None = option(
-        None, help="Pipeline folder whose networks are taken over instead of fresh ones."
+        None, help="Folder of an SD3 pipeline whose networks are taken over, not made anew."
     )
     device: str = option("auto", help=DEVICE_HELP)
 

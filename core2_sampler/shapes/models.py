@@ -10,15 +10,21 @@ from pathlib import Path
 
 from diffusers import (
     AutoencoderKL,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     T5Config,
@@ -149,4 +155,99 @@ def assemble_sd3(transformer: SD3Transformer2DModel, parts: Path) -> StableDiffu
         tokenizer_2=tokenizer,
         text_encoder_3=T5EncoderModel.from_pretrained(parts / "text_encoder_3"),
         tokenizer_3=build_t5_tokenizer(),
+    )
+
+
+def build_sdxl() -> UNet2DConditionModel:
+    """Return an untrained UNet in SDXL's layout, 3.7 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 128),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=4,  # the number of heads, under the name that SDXL has for it
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 32,
+    )
+
+
+def sdxl_scheduler() -> EulerDiscreteScheduler:
+    """Return SDXL's own noise schedule."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def build_flux() -> FluxTransformer2DModel:
+    """Return an untrained FLUX.1-dev-style transformer: guidance embedding, 3.6 M parameters."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=7,
+        attention_head_dim=40,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 16, 16),
+    )
+
+
+def _plain_clip(parts: Path) -> CLIPTextModel:
+    """Return the text encoder without its projection, which SDXL's first and FLUX's have not."""
+    trained = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder")
+    plain = CLIPTextModel(trained.config)
+    plain.load_state_dict(trained.text_model.state_dict(), strict=True)
+    return plain
+
+
+def assemble_sdxl(unet: UNet2DConditionModel, parts: Path) -> StableDiffusionXLPipeline:
+    """Return the stock SDXL pipeline of ``unet`` and the trained parts in a folder.
+
+    Args:
+        unet: a trained network of ``build_sdxl``.
+        parts: folder that holds ``vae`` and ``text_encoder``.
+    """
+    tokenizer = build_tokenizer()
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=sdxl_scheduler(),
+        vae=AutoencoderKL.from_pretrained(parts / "vae"),
+        text_encoder=_plain_clip(parts),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder"),
+        tokenizer_2=tokenizer,
+        force_zeros_for_empty_prompt=False,  # trained with the empty caption
+        add_watermarker=False,
+    )
+
+
+def assemble_flux(transformer: FluxTransformer2DModel, parts: Path) -> FluxPipeline:
+    """Return the stock FLUX pipeline of ``transformer`` and the trained parts in a folder.
+
+    Args:
+        transformer: a trained network of ``build_flux``.
+        parts: folder that holds ``vae``, ``text_encoder`` and ``text_encoder_3``.
+    """
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKL.from_pretrained(parts / "vae"),
+        text_encoder=_plain_clip(parts),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_3"),
+        tokenizer_2=build_t5_tokenizer(),
     )

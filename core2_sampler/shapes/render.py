@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from core2_sampler.shapes.world import COLORS, SHAPES, Prompt
 
 SIZE = 64  # px
+LABELS = 1 + len(SHAPES) * len(COLORS)  # of ``label_map``
 _SUPERSAMPLE = 4
 _DIAMETER = (16.0, 21.0)  # px
 _MARGIN = 1.5  # px between an object and the edge
@@ -95,25 +96,49 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
     return [(x + u, y + v) for u, v in corners]
 
 
+def _paint(
+    pen: ImageDraw.ImageDraw, thing: Placed, scale: int, fill: tuple[int, ...] | int
+) -> None:
+    x, y, r = thing.x * scale, thing.y * scale, thing.diameter * scale / 2
+    box = (x - r, y - r, x + r, y + r)
+    if thing.shape == "circle":
+        pen.ellipse(box, fill=fill)
+    elif thing.shape == "ring":
+        pen.ellipse(box, outline=fill, width=round(0.5 * r))
+    elif thing.shape in SHAPES:
+        pen.polygon(_polygon(thing.shape, x, y, r), fill=fill)
+    else:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {thing.shape!r}")
+
+
 def draw(scene: Scene) -> Image.Image:
     """Return the RGB image of a scene, ``SIZE`` x ``SIZE``."""
-    scale = _SUPERSAMPLE
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), scene.background)
+    side = SIZE * _SUPERSAMPLE
+    image = Image.new("RGB", (side, side), scene.background)
     pen = ImageDraw.Draw(image)
     for thing in scene.objects:
-        x, y, r = thing.x * scale, thing.y * scale, thing.diameter * scale / 2
-        box, fill = (x - r, y - r, x + r, y + r), COLORS[thing.color]
-        if thing.shape == "circle":
-            pen.ellipse(box, fill=fill)
-        elif thing.shape == "ring":
-            pen.ellipse(box, outline=fill, width=round(0.5 * r))
-        elif thing.shape in SHAPES:
-            pen.polygon(_polygon(thing.shape, x, y, r), fill=fill)
-        else:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {thing.shape!r}")
-    return image.reduce(scale)
+        _paint(pen, thing, _SUPERSAMPLE, COLORS[thing.color])
+    return image.reduce(_SUPERSAMPLE)
+
+
+def label_map(scene: Scene, side: int) -> Image.Image:
+    """Return what lies where, as a ``side`` x ``side`` image of labels.
+
+    0 is background; the others, below ``LABELS``, tell shape and color.
+    """
+    image = Image.new("L", (SIZE, SIZE), 0)
+    pen = ImageDraw.Draw(image)
+    for thing in scene.objects:
+        shape, color = SHAPES.index(thing.shape), list(COLORS).index(thing.color)
+        _paint(pen, thing, 1, 1 + shape * len(COLORS) + color)
+    return image.resize((side, side), Image.Resampling.NEAREST)
+
+
+def scene_of(prompt: Prompt, seed: int) -> Scene:
+    """Return the scene that ``render`` draws."""
+    return sample_scene(prompt, random.Random(f"{prompt.id}/{seed}"))
 
 
 def render(prompt: Prompt, seed: int) -> Image.Image:
     """Draw ``prompt``; the same seed gives the same image."""
-    return draw(sample_scene(prompt, random.Random(f"{prompt.id}/{seed}")))
+    return draw(scene_of(prompt, seed))

@@ -9,9 +9,9 @@ from transformers import CLIPModel, CLIPTokenizer
 from core2_sampler import CoRe2Pipeline
 from core2_sampler.nfe import count_nfe
 from core2_sampler.shapes import MODELS, model_path
+from core2_sampler.shapes.batches import to_pixels
 from core2_sampler.shapes.judge import judge
 from core2_sampler.shapes.render import render
-from core2_sampler.shapes.train import to_pixels
 from core2_sampler.shapes.world import held_out_prompts
 
 PROMPTS = held_out_prompts(60)

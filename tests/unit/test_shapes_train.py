@@ -2,9 +2,18 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 
-from core2_sampler.shapes import models, train
+from core2_sampler.shapes import batches, models, train
+from core2_sampler.shapes.batches import LONG_SHARE, LONG_TOKENS
+from core2_sampler.shapes.denoising import RECIPES, SceneProbe
+from core2_sampler.shapes.render import LABELS
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, words
 
 TEXTS = ["a red star left of a blue ring", "three black crosses", ""]
@@ -30,43 +39,94 @@ def test_the_parts_are_a_stock_pipeline(parts):
     assert out.images.shape == (1, 3, 64, 64)
 
 
-def test_text_is_encoded_as_the_stock_pipeline_does(parts):
+@pytest.mark.parametrize("family", RECIPES)
+@torch.no_grad()
+def test_the_network_is_asked_as_the_stock_pipeline_asks_it(parts, family):
+    """The stock call's own inputs, caught at the network, give the answer of training's call."""
+    pipe = DiffusionPipeline.from_pretrained(parts / family)
+    pipe.set_progress_bar_config(disable=True)
+    recipe = RECIPES[family]
+    network = getattr(pipe, recipe.folder)
+    stir(network)
+    seen = {}
+
+    def keep(module, args, kwargs, output):
+        seen.update(dict(zip(("sample", "timestep"), args, strict=False)) | kwargs, out=output[0])
+
+    network.register_forward_hook(keep, with_kwargs=True)
+    options = {} if family == "sdxl" else {"max_sequence_length": MAX_TOKENS}
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = FluxPipeline._pack_latents(latents, 3, 4, 16, 16) if family == "flux" else latents
+    options |= {"guidance_scale": 1.0, "output_type": "latent"}
+    pipe(TEXTS, height=64, width=64, num_inference_steps=2, latents=x, **options)
+    encoded = batches.TextEncoders.load(parts, torch.device("cpu"))(TEXTS, MAX_TOKENS)
+    given = seen["sample"] if family == "sdxl" else seen["hidden_states"]
+    if family == "flux":
+        given = FluxPipeline._unpack_latents(given, 16, 16, vae_scale_factor=1)
+    time = torch.as_tensor(seen["timestep"]).float().expand(3) * (1000 if family == "flux" else 1)
+    answer = recipe.call(network, given, time, encoded)
+    if family == "flux":
+        answer = FluxPipeline._pack_latents(answer, 3, 4, 16, 16)
+    torch.testing.assert_close(answer, seen["out"], atol=1e-4, rtol=1e-4)
+    assert float(seen["out"].std()) > 1e-3
+
+
+def stir(network):
+    """Fill the weights that start at zero, so that every input is heard."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_long_prompts_are_encoded_too(parts):
     pipe = StableDiffusion3Pipeline.from_pretrained(parts / "sd3")
-    encode = train.TextEncoders.load(parts, torch.device("cpu"))
-    for length in (MAX_TOKENS, train.LONG_TOKENS):
-        embeds, pooled = encode(TEXTS, length)
-        wanted, _, wanted_pooled, _ = pipe.encode_prompt(
-            TEXTS,
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=length,
-        )
-        torch.testing.assert_close(embeds, wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(pooled, wanted_pooled, atol=1e-5, rtol=1e-5)
+    encode = batches.TextEncoders.load(parts, torch.device("cpu"))
+    wanted = pipe.encode_prompt(
+        TEXTS, None, None, do_classifier_free_guidance=False, max_sequence_length=LONG_TOKENS
+    )[0]
+    torch.testing.assert_close(encode(TEXTS, LONG_TOKENS).t5, wanted[:, MAX_TOKENS:])
 
 
 def test_training_batches_are_functions_of_the_step(parts):
     vae = AutoencoderKL.from_pretrained(parts / "vae")
-    banks = [train.LatentBank(vae, size=24, batch=8) for _ in range(2)]
+    banks = [batches.LatentBank(vae, size=24, batch=8) for _ in range(2)]
     first = [banks[0].draw(step, 5) for step in range(3)]
-    latents, texts = banks[1].draw(2, 5)  # as after a resume: steps 0 and 1 never drawn
-    torch.testing.assert_close(latents, first[2][0])
-    assert texts == first[2][1]
-    assert latents.shape == (5, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+    again = banks[1].draw(2, 5)  # as after a resume: steps 0 and 1 never drawn
+    torch.testing.assert_close(again.latents, first[2].latents)
+    assert torch.equal(again.labels, first[2].labels) and again.texts == first[2].texts
+    side = models.LATENT_SIZE
+    assert again.latents.shape == (5, models.LATENT_CHANNELS, side, side)
+    assert again.labels.shape == (5, side, side)
+
+
+def test_the_probe_is_the_cross_entropy_of_the_shares_of_a_patch():
+    network = models.build_sd3()
+    probe = SceneProbe(network, *RECIPES["sd3"].probed)
+    last = probe.head[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.linspace(-1, 1, LABELS)
+    encoded = batches.Encoded(
+        torch.zeros(1, 16, 128), torch.zeros(1, 128), torch.zeros(1, 128), torch.zeros(1, 16, 256)
+    )
+    RECIPES["sd3"].call(network, torch.zeros(1, 4, 16, 16), torch.ones(1), encoded)
+    labels = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    labels[:, ::2, ::2] = 7  # a quarter of every 2x2 patch
+    chances = last.bias.exp() / last.bias.exp().sum()
+    wanted = -(0.75 * chances[0].log() + 0.25 * chances[7].log())
+    torch.testing.assert_close(probe(labels), wanted)
 
 
 def test_latents_have_unit_scale_after_training_the_vae(parts):
     vae = AutoencoderKL.from_pretrained(parts / "vae")
-    pixels = train.sample_images(5, train.sample_prompts("test", 5, 64))
+    pixels = batches.sample_images(5, batches.sample_prompts("test", 5, 64))
     std = vae.encode(pixels).latent_dist.mean.std() * vae.config.scaling_factor
     assert 0.8 < float(std.detach()) < 1.25
 
 
 def test_long_prompts_are_a_small_share_of_the_steps():
-    lengths = [train.text_length(step) for step in range(2000)]
-    assert set(lengths) == {MAX_TOKENS, train.LONG_TOKENS}
-    assert lengths.count(train.LONG_TOKENS) / 2000 == pytest.approx(train.LONG_SHARE, abs=0.02)
+    lengths = [batches.text_length(step) for step in range(2000)]
+    assert set(lengths) == {MAX_TOKENS, LONG_TOKENS}
+    assert lengths.count(LONG_TOKENS) / 2000 == pytest.approx(LONG_SHARE, abs=0.02)
 
 
 def test_every_word_is_one_t5_token():
@@ -83,12 +143,14 @@ def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-2)
     with pytest.raises(ValueError, match="left out for part 'vae'"):
         train.train("vae", tmp_path, 1, start=parts / "sd3")
-    with pytest.raises(ValueError, match="must be a pipeline folder"):
+    with pytest.raises(ValueError, match="must be the folder of an SD3 pipeline"):
         train.train("sd3", tmp_path, 1, start=tmp_path / "none")
 
 
 def test_parts_are_trained_in_order(tmp_path):
-    with pytest.raises(ValueError, match="part must be one of vae, clip, t5, sd3, got 'unet'"):
+    with pytest.raises(
+        ValueError, match="part must be one of vae, clip, t5, sd3, sdxl, flux, got 'unet'"
+    ):
         train.train("unet", tmp_path, 1)
     with pytest.raises(ValueError, match="vae must exist: train vae, clip and t5 first"):
         train.train("sd3", tmp_path, 1)

@@ -9,7 +9,8 @@ import pytest
 
 from core2_sampler.shapes import world
 from core2_sampler.shapes.judge import detect, judge
-from core2_sampler.shapes.render import SIZE, Placed, Scene, draw, render
+from core2_sampler.shapes.render import SIZE, Placed, Scene, draw, label_map, render
+from core2_sampler.shapes.render import scene_of as scene_of_prompt
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_tokenizer, words
 from core2_sampler.shapes.world import Object, Prompt
 
@@ -79,6 +80,15 @@ def test_rendering_is_a_function_of_prompt_and_seed():
     assert first.shape == (SIZE, SIZE, 3)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_labels_name_what_the_judge_finds():
+    for seed, prompt in enumerate(world.held_out_prompts(40)):
+        scene = scene_of_prompt(prompt, seed)
+        found = {(d.shape, d.color) for d in detect(draw(scene))}
+        labels = np.unique(np.asarray(label_map(scene, SIZE)))
+        pairs = [divmod(int(label) - 1, len(world.COLORS)) for label in labels if label > 0]
+        assert {(world.SHAPES[shape], list(world.COLORS)[color]) for shape, color in pairs} == found
 
 
 def test_the_judge_accepts_fresh_renders():

@@ -1,0 +1,199 @@
+"""How the denoisers of the Shapes world are trained: one loss, three networks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from core2_sampler.shapes import models
+from core2_sampler.shapes.batches import (
+    LONG_TOKENS,
+    Encoded,
+    LatentBank,
+    TextEncoders,
+    autocast,
+    text_length,
+)
+from core2_sampler.shapes.render import LABELS, SIZE
+
+PROMPT_DROPOUT = 0.1
+_PROBE_WEIGHT = 0.2  # of the cross entropy of `SceneProbe`, against the denoiser's squared error
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What differs between the denoisers.
+
+    Attributes:
+        folder: of the network in its pipeline's folder.
+        build: makes the untrained network.
+        assemble: makes the stock pipeline of a trained one and a folder of parts.
+        call: asks the network: (network, latents, time, captions) to its answer.
+        flow: whether it predicts the velocity of a flow, or else the noise of a DDPM.
+        probed: the layer that `SceneProbe` listens to, and its channels.
+    """
+
+    folder: str
+    build: Callable[[], nn.Module]
+    assemble: Callable[[Any, Any], DiffusionPipeline]
+    call: Callable[[Any, Tensor, Tensor, Encoded], Tensor]
+    flow: bool
+    probed: tuple[str, int]
+
+
+def _call_sd3(network: SD3Transformer2DModel, x: Tensor, time: Tensor, encoded: Encoded) -> Tensor:
+    clip = torch.cat([encoded.clip] * 2, dim=-1)
+    pooled = torch.cat([encoded.projected] * 2, dim=-1)
+    return network(x, torch.cat([clip, encoded.t5], dim=1), pooled, time).sample
+
+
+def _call_sdxl(network: UNet2DConditionModel, x: Tensor, time: Tensor, encoded: Encoded) -> Tensor:
+    ids = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=x.device).expand(len(x), -1)
+    added = {"text_embeds": encoded.projected, "time_ids": ids}
+    tokens = torch.cat([encoded.clip] * 2, dim=-1)
+    return network(x, time, tokens, added_cond_kwargs=added).sample
+
+
+def _call_flux(
+    network: FluxTransformer2DModel, x: Tensor, time: Tensor, encoded: Encoded
+) -> Tensor:
+    batch, channels, height, width = x.shape
+    image_ids = FluxPipeline._prepare_latent_image_ids(
+        batch, height // 2, width // 2, x.device, x.dtype
+    )
+    answer = network(
+        hidden_states=FluxPipeline._pack_latents(x, batch, channels, height, width),
+        timestep=time / 1000,
+        guidance=torch.ones(batch, device=x.device),
+        pooled_projections=encoded.pooled,
+        encoder_hidden_states=encoded.t5,
+        txt_ids=torch.zeros(encoded.t5.shape[1], 3, device=x.device),
+        img_ids=image_ids,
+    ).sample
+    return FluxPipeline._unpack_latents(answer, height, width, vae_scale_factor=1)
+
+
+RECIPES = {
+    "sd3": Recipe(
+        "transformer",
+        models.build_sd3,
+        models.assemble_sd3,
+        _call_sd3,
+        flow=True,
+        probed=("transformer_blocks.2", 192),
+    ),
+    "sdxl": Recipe(
+        "unet",
+        models.build_sdxl,
+        models.assemble_sdxl,
+        _call_sdxl,
+        flow=False,
+        probed=("mid_block", 128),
+    ),
+    "flux": Recipe(
+        "transformer",
+        models.build_flux,
+        models.assemble_flux,
+        _call_flux,
+        flow=True,
+        probed=("single_transformer_blocks.2", 160),
+    ),
+}
+"""The denoisers by the name of their family."""
+
+
+class SceneProbe(nn.Module):
+    """Reads off a layer's image tokens what will lie where; thrown away after training.
+
+    The flow's error says little about which object is which shape: a few of 256 latent pixels.
+    Naming each patch from a middle layer makes the network bind words to places early, as aligning
+    it with features of an image encoder does (REPA, arXiv 2410.06940); here the scene is known.
+    """
+
+    def __init__(self, denoiser: nn.Module, layer: str, width: int) -> None:
+        """Listen to ``denoiser``'s module ``layer``, whose image tokens have ``width`` channels."""
+        super().__init__()
+        self.denoiser = denoiser
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, LABELS)
+        )
+        self._tokens: Tensor | None = None
+        denoiser.get_submodule(layer).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: object, output: Any) -> None:
+        tokens = output if isinstance(output, Tensor) else output[1]  # a block: (text, image)
+        self._tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return the cross entropy of the patches of the denoiser's last pass.
+
+        Args:
+            labels: [B, H, W]; a patch that holds several is each of them in part.
+        """
+        assert self._tokens is not None
+        logits = self.head(self._tokens.float())
+        side = round(logits.shape[1] ** 0.5)
+        shares = F.one_hot(labels.long(), LABELS).float().unflatten(2, (side, -1))
+        target = shares.unflatten(1, (side, -1)).mean((2, 4)).flatten(1, 2)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+
+
+def _fast_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention on a CPU, whose fused kernel has a slow backward at these sizes."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def _noised(flow: bool, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (network input, time in 0..1000, what to predict) for clean latents.
+
+    Flow: the velocity at sigma from a logit-normal (arXiv 2403.03206); else the noise at a uniform
+    timestep of the variance-preserving schedule that SDXL has.
+    """
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    if flow:
+        sigma = torch.sigmoid(torch.randn(len(x0), generator=generator)).to(x0.device)
+        level = sigma[:, None, None, None]
+        return (1 - level) * x0 + level * noise, 1000 * sigma, noise - x0
+    signal = models.sdxl_scheduler().alphas_cumprod
+    time = torch.randint(len(signal), (len(x0),), generator=generator)
+    level = signal[time].to(x0.device)[:, None, None, None]
+    return level.sqrt() * x0 + (1 - level).sqrt() * noise, time.to(x0.device), noise
+
+
+def denoiser_loss(
+    recipe: Recipe, probe: SceneProbe, vae: AutoencoderKL, encode: TextEncoders
+) -> Callable[[int], Tensor]:
+    """Return the loss of a training step: the denoiser's squared error, and the probe's."""
+    bank = LatentBank(vae, size=48_000, batch=128)
+    device = vae.device
+
+    def loss(step: int) -> Tensor:
+        length = text_length(step)
+        share = 4 if length == LONG_TOKENS else 1  # a long step costs what the others do
+        batch = bank.draw(step, _BATCH // share)
+        rng = random.Random(f"dropout/{step}")
+        texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in batch.texts]
+        x, time, target = _noised(recipe.flow, batch.latents, torch.Generator().manual_seed(step))
+        with autocast(device), _fast_attention(device):
+            answer = recipe.call(probe.denoiser, x, time, encode(texts, length))
+            named = probe(batch.labels)
+        return (answer.float() - target).square().mean() + _PROBE_WEIGHT * named
+
+    return loss

@@ -28,7 +28,6 @@ from core2_sampler.benchmarks.cache import (
 from core2_sampler.benchmarks.study import DTYPES, ArmResult, Case, Study
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_latents
 from core2_sampler.trajectory import TrajectoryStore, write_atomic
 from core2_sampler.types import InModelHead
 from core2_sampler.weak_heads import HEADS, load_head
@@ -36,6 +35,8 @@ from core2_sampler.weak_heads.base import WeakHead
 
 REVISION = 1
 """Part of every arm's hash: raise it when a change of the sampling code changes images."""
+
+_KEPT_EMBEDS = 256  # prompts; 11 MB each for SD3 with T5
 
 OnBatch = Callable[[int], None]
 """``on_batch(done)``: images of the arm that are there, before the first and after each batch."""
@@ -50,9 +51,13 @@ def run_arm(study: Study, arm: Arm, *, on_batch: OnBatch | None = None) -> ArmRe
         on_batch: told about progress.
 
     Raises:
-        ValueError: if the arm's head does not fit the model or its settings are impossible.
+        ValueError: if the arm's head does not fit the model, its settings are impossible, or the
+            study has no judge.
         RuntimeError: if the counted NFE is not what the plan says.
     """
+    judge = study.judge
+    if judge is None:
+        raise ValueError("a study must have a judge to have its arms judged, got none")
     head = resolve_head(study, arm.head)
     folder = arm_folder(study, arm, head)
     kept = read_batches(folder)
@@ -69,7 +74,7 @@ def run_arm(study: Study, arm: Arm, *, on_batch: OnBatch | None = None) -> ArmRe
     found = [kept[case.key] for case in cases]
     images = torch.stack([one.image for one in found])
     pictures = [Image.fromarray(image.numpy()) for image in images]
-    verdicts = [study.judge(picture, c.prompt) for picture, c in zip(pictures, cases, strict=True)]
+    verdicts = [judge(picture, c.prompt) for picture, c in zip(pictures, cases, strict=True)]
     return ArmResult(
         arm,
         found[0].nfe,
@@ -85,7 +90,8 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
     """Sample one batch with the pipeline that users run, and count its denoiser evaluations.
 
     Returns:
-        Final latents [B, C, h, w] float32, images [B, H, W, 3] uint8, NFE of one sample.
+        Final latents float32, as the pipeline lays them out; images [B, H, W, 3] uint8; NFE of
+        one sample.
 
     Raises:
         RuntimeError: if the counted NFE is not what the plan says.
@@ -93,14 +99,14 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
     pipe = study.pipe
     head = pipe.weak_head
     plan = arm.plan(head is not None and head.in_model)
-    latents = sd3_latents(pipe, [case.generator() for case in cases])
+    latents = pipe.family.noise(pipe, [case.generator() for case in cases])
     pipe.set_progress_bar_config(disable=True)
-    with count_nfe(pipe.transformer) as counter, _autocast(study):
+    with count_nfe(pipe.family.denoiser(pipe).module) as counter, _autocast(study):
         final = pipe(
             **encode(study, cases, with_negative=plan.needs_uncond),
             latents=latents,
             num_inference_steps=arm.steps,
-            guidance_scale=arm.guidance_scale,
+            **{pipe.family.scale_argument: arm.guidance_scale},
             output_type="latent",
             core2=arm.config(),
         ).images
@@ -116,9 +122,14 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
 def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[str, Tensor]:
     """Return the pipeline's embedding arguments for a batch; each prompt is encoded once."""
     texts = [case.prompt.text for case in cases]
-    if new := sorted({text for text in texts if text not in study._embeds}):
+    new = sorted({text for text in texts if text not in study._embeds})
+    if len(study._embeds) + len(new) > _KEPT_EMBEDS:
+        study._embeds.clear()
+        new = sorted(set(texts))
+    if new:
         length = study.max_sequence_length
-        cond, uncond = sd3_encode(study.pipe, new, [""] * len(new), max_sequence_length=length)
+        options = {} if length is None else {"max_sequence_length": length}
+        cond, uncond = study.pipe.family.encode(study.pipe, new, [""] * len(new), **options)
         for k, text in enumerate(new):
             study._embeds[text] = {
                 "prompt_embeds": cond.prompt_embeds[k],
@@ -135,8 +146,7 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Decode final latents as the pipeline does with ``output_type='pil'``, [B, H, W, 3] uint8."""
-    scaled = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    decoded = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
+    decoded = pipe.family.decode(pipe, latents.to(pipe.vae.dtype))
     pixels = torch.from_numpy(pipe.image_processor.postprocess(decoded, output_type="np"))
     return (pixels * 255).round().to(torch.uint8)
 
@@ -150,7 +160,7 @@ def resolve_head(study: Study, name: str | None) -> WeakHead | None:
     if name is None:
         return None
     if name in UNTRAINED:
-        return HEADS.get(name).for_denoiser(sd3_denoiser(study.pipe))
+        return HEADS.get(name).for_denoiser(study.pipe.family.denoiser(study.pipe))
     return load_head(name, study.family)
 
 
@@ -165,7 +175,10 @@ def check_arm(study: Study, arm: Arm) -> None:
     plan = arm.plan(head is not None and head.in_model)
     if plan.needs_head and plan.in_model:
         in_model = cast(InModelHead, head)
-        with in_model.attached(study.pipe.transformer), in_model.active(arm.guidance_scale):
+        with (
+            in_model.attached(study.pipe.family.denoiser(study.pipe).module),
+            in_model.active(arm.guidance_scale),
+        ):
             pass
 
 
@@ -176,7 +189,7 @@ def fit_affine(study: Study, trajectories: Path) -> WeakHead:
         ValueError: if the store is empty or of another model.
     """
     rows = TrajectoryStore(trajectories).rows()
-    head = HEADS.get("affine").for_denoiser(sd3_denoiser(study.pipe))
+    head = HEADS.get("affine").for_denoiser(study.pipe.family.denoiser(study.pipe))
     head.fit(rows.take(index) for index in torch.arange(len(rows)).split(4096))
     return head
 
@@ -212,11 +225,18 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
     }
 
 
-def arm_folder(study: Study, arm: Arm, head: Any) -> Path:
-    """Return the folder of an arm's batches; it holds what its name is the hash of."""
+def arm_folder(study: Study, arm: Arm, head: Any, writer: int = 0) -> Path:
+    """Return the folder of an arm's images; it holds what its name is the hash of.
+
+    Args:
+        study: what the arms share.
+        arm: the arm.
+        head: its head, loaded.
+        writer: number of the process, where several share the folder.
+    """
     key = arm_key(study, arm, head)
     folder = study.folder / digest(key)
-    write_atomic(folder / "arm.json", json.dumps(key, indent=1).encode())
+    write_atomic(folder / "arm.json", json.dumps(key, indent=1).encode(), writer)
     return folder
 
 

@@ -87,23 +87,23 @@ class Study:
         family: its model family.
         prompts: distinct prompts.
         seeds: distinct seeds; every prompt is sampled once with each.
-        judge: decides whether an image is right.
-        folder: where finished batches are kept.
+        folder: where what was generated is kept.
+        judge: decides whether an image is right; None where images are only generated.
         batch_size: images generated at once.
         dtype: ``fp32``, or ``bf16`` for autocast.
-        max_sequence_length: T5 tokens of a prompt, as in the pipelines' call; without a T5 they
-            are zeros, which still take attention.
+        max_sequence_length: T5 tokens of a prompt, as in the pipelines' call; an SD3 without its
+            T5 takes zeros, which still get attention. None where the family has no T5.
     """
 
     pipe: Any
     family: str
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
-    judge: Judge
     folder: Path
+    judge: Judge | None = None
     batch_size: int = 96
     dtype: str = "fp32"
-    max_sequence_length: int = 256
+    max_sequence_length: int | None = 256
     _embeds: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -9,8 +9,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from core2_sampler.pipelines.auto import CoRe2Pipeline as CoRe2Pipeline
+    from core2_sampler.pipelines.flux import CoRe2FluxPipeline as CoRe2FluxPipeline
     from core2_sampler.pipelines.sd3 import (
         CoRe2StableDiffusion3Pipeline as CoRe2StableDiffusion3Pipeline,
+    )
+    from core2_sampler.pipelines.sdxl import (
+        CoRe2StableDiffusionXLPipeline as CoRe2StableDiffusionXLPipeline,
     )
     from core2_sampler.plan import PRESETS as PRESETS
     from core2_sampler.plan import Core2Config as Core2Config
@@ -18,8 +22,10 @@ if TYPE_CHECKING:
     from core2_sampler.weak_heads import load_head as load_head
 
 _HOMES = {
+    "CoRe2FluxPipeline": "core2_sampler.pipelines.flux",
     "CoRe2Pipeline": "core2_sampler.pipelines.auto",
     "CoRe2StableDiffusion3Pipeline": "core2_sampler.pipelines.sd3",
+    "CoRe2StableDiffusionXLPipeline": "core2_sampler.pipelines.sdxl",
     "Core2Config": "core2_sampler.plan",
     "PRESETS": "core2_sampler.plan",
     "load_head": "core2_sampler.weak_heads",

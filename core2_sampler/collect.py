@@ -100,6 +100,7 @@ def collect(
     *,
     sigmas: Tensor,
     latent_shape: tuple[int, int, int],
+    noise_scale: float = 1.0,
     policy: Head | None = None,
     about: dict[str, Any] | None = None,
     num_processes: int = 1,
@@ -119,6 +120,7 @@ def collect(
         config: what to keep.
         sigmas: noise levels, [S + 1], decreasing, the last 0.
         latent_shape: (C, H, W) of one sample.
+        noise_scale: the initial latents are unit noise times this.
         policy: the head of an on-policy round; None lets CFG drive.
         about: facts on the model and the prompts, pinned to the round and checked on resume.
         num_processes: how many processes share the jobs.
@@ -147,7 +149,7 @@ def collect(
         missing = [record for record in unit if record.key not in done]
         if missing:
             rows, encodings = run_unit(
-                denoiser, encode, missing, config, sigmas, latent_shape, policy
+                denoiser, encode, missing, config, sigmas, latent_shape, noise_scale, policy
             )
             store.write_unit(missing, rows, encodings)
         finished, added = finished + len(unit), added + len(missing)
@@ -164,6 +166,7 @@ def run_unit(
     config: CollectConfig,
     sigmas: Tensor,
     latent_shape: tuple[int, int, int],
+    noise_scale: float = 1.0,
     policy: Head | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Sample the trajectories of one unit and return (rows, encodings) as a store takes them."""
@@ -184,7 +187,8 @@ def run_unit(
         on_pair=recorder,
         capture_features=config.features,
     )
-    x = initial_latents([record.seed for record in records], latent_shape).to(cond.prompt_embeds)
+    noise = initial_latents([record.seed for record in records], latent_shape)
+    x = (noise_scale * noise).to(cond.prompt_embeds)
     inside = policy.attached(denoiser.module) if isinstance(policy, InModelHead) else nullcontext()
     with inside:
         sample_euler(predict, x, sigmas)
@@ -245,6 +249,7 @@ class OnlineSource:
         *,
         sigmas: Tensor,
         latent_shape: tuple[int, int, int],
+        noise_scale: float = 1.0,
         held_out_share: float = 0.1,
         held_out_trajectories: int = 32,
     ) -> None:
@@ -262,7 +267,7 @@ class OnlineSource:
                 f"a held-out share of {held_out_share}: give more prompts or another share"
             )
         self._denoiser, self._encode, self._config = denoiser, encode, config
-        self._grid, self._latent_shape = sigmas, latent_shape
+        self._grid, self._start = sigmas, (latent_shape, noise_scale)
         self._held_out_trajectories = held_out_trajectories
         self._pool: Rows | None = None
         self._evaluation: list[Rows] = []
@@ -311,7 +316,7 @@ class OnlineSource:
             for (prompt_id, prompt), seed in zip((prompts[i] for i in picks), seeds, strict=True)
         ]
         rows, encodings = run_unit(
-            self._denoiser, self._encode, records, self._config, self._grid, self._latent_shape
+            self._denoiser, self._encode, records, self._config, self._grid, *self._start
         )
         owner = [encodings[records[index].prompt_file] for index in rows.pop("record").tolist()]
         encoded = {name: torch.stack([each[name] for each in owner]) for name in owner[0]}

@@ -21,6 +21,9 @@ from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead,
 OnPair = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 """``on_pair(i, x, cond, gap, features)``: called where a step computed cond and uncond both."""
 
+Adjust = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``adjust(i, x, cond, guided)``: returns what takes the place of a guided ``d`` made from cond."""
+
 Prompts = tuple[Conditioning, Conditioning | None]
 
 
@@ -72,6 +75,26 @@ def weak_to_strong(weak: Tensor, strong: Tensor, w2s_scale: float) -> Tensor:
     return torch.lerp(wide(weak), wide(strong), w2s_scale).to(strong.dtype)
 
 
+def rescale(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Pull the spread of each guided sample towards that of cond, against overexposure.
+
+    Args:
+        guided: guided prediction, in the network's own terms (eps or v), [B, C, H, W].
+        cond: prediction with the prompt, same shape.
+        share: 0 changes nothing, 1 gives each sample the standard deviation of cond.
+
+    Returns:
+        The rescaled prediction, in float32 at least.
+
+    Reference:
+        Lin et al., arXiv 2305.08891, eq. 15 and 16.
+    """
+    guided, cond = wide(guided), wide(cond)
+    dims = tuple(range(1, guided.ndim))
+    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (share * ratio + (1 - share))
+
+
 def make_predict(
     denoiser: Denoiser,
     sigmas: Tensor,
@@ -84,6 +107,7 @@ def make_predict(
     conditioning: Callable[[int], Prompts] | None = None,
     on_pair: OnPair | None = None,
     capture_features: bool = False,
+    adjust: Adjust | None = None,
 ) -> Predict:
     """Bind network, prompt, head and plan into the ``d = predict(x, i)`` that samplers call.
 
@@ -102,6 +126,8 @@ def make_predict(
         on_pair: called with ``(i, x, cond, gap, features)`` wherever both passes were made.
         capture_features: hand the denoiser's last hidden state to `on_pair` even if the head
             does not read it.
+        adjust: has the last word on guided predictions, but for the fast steps of an in-model
+            head, which know no cond.
 
     Returns:
         The closure; its result has the dtype of the network's output.
@@ -125,7 +151,7 @@ def make_predict(
         cast(OutputHead, head).reset()
     levels = [float(s) for s in sigmas.tolist()]
     prompts = conditioning or (lambda _i: (cond, uncond))
-    return _Guided(denoiser, levels, plan, head, scale, prompts, on_pair, capture_features)
+    return _Guided(denoiser, levels, plan, head, scale, prompts, on_pair, capture_features, adjust)
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +166,7 @@ class _Guided:
     prompts: Callable[[int], Prompts]
     on_pair: OnPair | None
     capture_features: bool
+    adjust: Adjust | None
     _joined: tuple[Prompts, Conditioning] | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
@@ -150,7 +177,7 @@ class _Guided:
         if kind == "cond":
             return self.denoiser(x, sigma, self.prompts(i)[0])
         if kind == "fast":
-            return self._fast(x, sigma, self.prompts(i)[0], scale)
+            return self._fast(x, sigma, i, scale)
         cond, gap, features = self._pair(x, sigma, i)
         guided = weak(wide(cond), gap, scale)
         if kind == "slow":
@@ -160,14 +187,19 @@ class _Guided:
             cast(OutputHead, self.head).observe(gap)
         if self.on_pair is not None:
             self.on_pair(i, x, cond, gap, features)
+        return self._adjusted(i, x, cond, guided)
+
+    def _adjusted(self, i: int, x: Tensor, cond: Tensor, guided: Tensor) -> Tensor:
+        if self.adjust is not None:
+            guided = self.adjust(i, x, cond, guided)
         return guided.to(cond.dtype)
 
-    def _fast(self, x: Tensor, sigma: Tensor, prompt: Conditioning, scale: float) -> Tensor:
-        head = self.head
+    def _fast(self, x: Tensor, sigma: Tensor, i: int, scale: float) -> Tensor:
+        head, prompt = self.head, self.prompts(i)[0]
         if head is None or head.in_model:
             return self._in_model(x, sigma, prompt, scale)
         cond, features = self._pass(x, sigma, prompt, cast(OutputHead, head).needs_features)
-        return self._weak(x, sigma, prompt, scale, cond, features).to(cond.dtype)
+        return self._adjusted(i, x, cond, self._weak(x, sigma, prompt, scale, cond, features))
 
     def _weak(
         self,
@@ -235,7 +267,8 @@ def join(uncond: Conditioning, cond: Conditioning) -> Conditioning:
         cond: the prompt, B rows.
 
     Returns:
-        The batch of 2B rows; tensors in ``extra`` are joined too, other values are cond's.
+        The batch of 2B rows; tensors in ``extra``, also inside lists and dicts, are joined too,
+        other values are cond's.
     """
     return Conditioning(
         torch.cat([uncond.prompt_embeds, cond.prompt_embeds]),
@@ -250,12 +283,14 @@ def _join_extra(uncond: Mapping[str, Any], cond: Mapping[str, Any]) -> dict[str,
             f"cond and uncond must carry the same extra arguments, got {sorted(cond)} and "
             f"{sorted(uncond)}"
         )
-    joined: dict[str, Any] = {}
-    for name, value in cond.items():
-        if isinstance(value, Tensor):
-            joined[name] = torch.cat([uncond[name], value])
-        elif isinstance(value, Mapping):
-            joined[name] = _join_extra(uncond[name], value)
-        else:
-            joined[name] = value
-    return joined
+    return {name: _join_value(uncond[name], value) for name, value in cond.items()}
+
+
+def _join_value(uncond: Any, cond: Any) -> Any:
+    if isinstance(cond, Tensor):
+        return torch.cat([uncond, cond])
+    if isinstance(cond, Mapping):
+        return _join_extra(uncond, cond)
+    if isinstance(cond, list | tuple):
+        return type(cond)(_join_value(u, c) for u, c in zip(uncond, cond, strict=True))
+    return cond

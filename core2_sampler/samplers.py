@@ -114,24 +114,30 @@ def sample_scheduler(
     x: Tensor,
     scheduler: Any,
     *,
+    timesteps: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    eta: float | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Let a diffusers scheduler make the update, for those whose update has no closed form here.
 
     Args:
-        predict: the model output at ``scheduler.timesteps[i]``, as the scheduler expects it.
+        predict: the model output at ``timesteps[i]``, as the scheduler expects it.
         x: initial latents, [B, C, H, W].
         scheduler: set by ``set_timesteps``; its ``step`` is called once for each timestep.
+        timesteps: where to stop early: the first of the scheduler's own; None is all of them.
         generator: for schedulers that draw noise; not for those whose step takes none.
+        eta: for schedulers whose step takes it; None leaves them theirs.
         on_step: see the module.
 
     Returns:
         Latents after the last timestep.
     """
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
-    for i, t in enumerate(scheduler.timesteps):
+    taken = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"generator": generator} if "generator" in taken else {}
+    if eta is not None and "eta" in taken:
+        extra["eta"] = eta
+    for i, t in enumerate(scheduler.timesteps if timesteps is None else timesteps):
         d = predict(x, i).to(x.dtype)
         x_next = scheduler.step(d, t, x, return_dict=False, **extra)[0]
         x = _after(on_step, i, x_next.to(x.dtype))

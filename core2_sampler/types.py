@@ -44,6 +44,11 @@ class Denoiser(Protocol):
     family: str
     module: nn.Module
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of ``x``."""
+        ...
+
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Return ``d`` [B, C, H, W] for latents ``x`` [B, C, H, W] at ``sigma`` [B]."""
         ...

@@ -8,16 +8,20 @@ from typing import Any, NoReturn
 
 from diffusers import DiffusionPipeline
 
-from core2_sampler.pipelines.stock import HUB_OPTIONS
 from core2_sampler.registry import Registry
 
 PIPELINES: Registry[Any] = Registry(
     "pipeline class",
     {
-        "StableDiffusion3Pipeline": ("core2_sampler.pipelines.sd3:CoRe2StableDiffusion3Pipeline"),
+        "StableDiffusionXLPipeline": "core2_sampler.pipelines.sdxl:CoRe2StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline": "core2_sampler.pipelines.sd3:CoRe2StableDiffusion3Pipeline",
+        "FluxPipeline": ("core2_sampler.pipelines.flux:CoRe2FluxPipeline"),
     },
 )
 """Our class for each stock class that a ``model_index.json`` may name."""
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+"""Options of ``from_pretrained`` that say where an index is found."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -35,7 +39,7 @@ def load_pipeline(path_or_id: str | Path, **kwargs: Any) -> Any:
     Raises:
         ValueError: nothing is there, it is no diffusers model, or its family is not supported.
     """
-    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     return pipeline_class(path_or_id, **options).from_pretrained(
         str(Path(path_or_id).expanduser()), **kwargs
     )

@@ -12,12 +12,11 @@ import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
-from core2_sampler.guidance import Prompts, make_predict
-from core2_sampler.pipelines.adapters import has_euler_form
+from core2_sampler.guidance import Adjust, Prompts, make_predict
+from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.plan import Plan
-from core2_sampler.samplers import sample_euler, sample_scheduler
-from core2_sampler.schedules import sigmas_from_scheduler
-from core2_sampler.types import Denoiser
+from core2_sampler.samplers import sample_scheduler
+from core2_sampler.types import Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
 
 
@@ -28,22 +27,22 @@ class Run:
     Attributes:
         call: the stock call's arguments by name.
         plan: one entry a timestep.
-        timesteps: the scheduler's, [N].
-        num_steps: inference steps; fewer than N for schedulers of higher order.
-        latents: the initial latents, [B, C, H, W].
+        schedule: the noise levels.
+        latents: the initial latents, as the pipeline lays them out.
         embeds: the stock call's other tensors by the names that callbacks know; with the negative
             prompt's rows first where it is encoded.
         split: makes (cond, uncond) of `embeds`; uncond None where only the prompt's rows are left.
+        adjust: see `make_predict`.
         finite: whether the latents were finite after each step, [N], on the latents' device.
     """
 
     call: SimpleNamespace
     plan: Plan
-    timesteps: Tensor
-    num_steps: int
+    schedule: Schedule
     latents: Tensor
     embeds: dict[str, Tensor]
     split: Callable[[Mapping[str, Tensor]], Prompts]
+    adjust: Adjust | None = None
     finite: Tensor = field(init=False)
     _paired: bool = field(init=False)
     _prompts: tuple[dict[str, Tensor], Prompts] | None = None
@@ -73,14 +72,13 @@ class _Interrupted(Exception):
         self.latents = latents
 
 
-def check_head(head: WeakHead | None, plan: Plan, module: Any, family: str) -> None:
+def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
     """Refuse a missing head, a head of another model, and a scale that it was not made for.
 
     Args:
         head: the pipeline's weak head.
         plan: of the run to come.
-        module: the denoiser network.
-        family: of the denoiser.
+        denoiser: the network.
 
     Raises:
         ValueError: see above; from the head itself where it is the one to know.
@@ -92,20 +90,21 @@ def check_head(head: WeakHead | None, plan: Plan, module: Any, family: str) -> N
             "the plan has fast or slow steps and needs a weak head, got none: pass weak_head= "
             "to from_pretrained or from_pipe, or use core2=Core2Config(mode='cfg')"
         )
-    head.check_family(family)
-    head.check_latents(module.config.in_channels)
+    head.check_family(denoiser.family)
+    head.check_latents(denoiser.latent_channels)
     if head.in_model:
-        with head.attached(module):
+        with head.attached(denoiser.module):
             for scale in {s.guidance_scale for s in plan.steps if s.kind in ("fast", "slow")}:
                 with head.active(scale):
                     pass
 
 
 def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
-    """Sample: in closed form where the scheduler is flow-match Euler, else by its own ``step``.
+    """Sample: in closed form where the scheduler has one, else by its own ``step``.
 
     Args:
-        pipe: the pipeline; ``_guidance_scale`` and ``interrupt`` are read after every step.
+        pipe: the pipeline; its scale (``_guidance_scale``, FLUX: ``_true_cfg_scale``) and
+            ``interrupt`` are read after every step.
         run: the call's state.
         denoiser: the network.
 
@@ -116,39 +115,53 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         RuntimeError: the latents became nan or inf; found after the loop, so that no step waits.
     """
     head = pipe.weak_head if run.plan.needs_head else None
-    euler = has_euler_form(pipe.scheduler)
-    sigmas = (
-        sigmas_from_scheduler(pipe.scheduler)
-        if euler
-        else run.timesteps.double().cpu() / pipe.scheduler.config.num_train_timesteps
-    )
+    schedule = run.schedule
+
+    def prompts(i: int) -> Prompts:
+        pipe._current_timestep = schedule.timesteps[i]  # some caches of the denoiser ask for it
+        return run.prompts()
+
     predict = make_predict(
         denoiser,
-        sigmas,
+        schedule.sigmas,
         run.plan,
         *run.prompts(),
         head,
-        scale=lambda _i: 1.0 if run.cut else pipe._guidance_scale,
-        conditioning=lambda _i: run.prompts(),
+        scale=lambda _i: 1.0 if run.cut else getattr(pipe, _scale_name(pipe)),
+        conditioning=prompts,
+        adjust=run.adjust,
     )
     attached: Any = head.attached(denoiser.module) if head and head.in_model else nullcontext()
-    with attached, pipe.progress_bar(total=run.num_steps) as bar:
+    with attached, pipe.progress_bar(total=schedule.num_steps) as bar:
 
-        def on_step(i: int, x: Tensor) -> Tensor:
-            return _after_step(pipe, run, bar, i, x)
+        def on_step(i: int, latents: Tensor) -> Tensor:
+            return _after_step(pipe, run, bar, i, latents)
 
         try:
-            if euler:
-                x = sample_euler(predict, run.latents, sigmas, on_step=on_step)
-            else:
-                generator = run.call.generator
-                x = sample_scheduler(
-                    predict, run.latents, pipe.scheduler, generator=generator, on_step=on_step
-                )
+            latents = _solve(pipe, run, predict, on_step)
         except _Interrupted as stopped:
-            x = stopped.latents
-    _check_finite(run, sigmas)
-    return x
+            latents = stopped.latents
+    pipe._current_timestep = None
+    _check_finite(run)
+    return latents
+
+
+def _solve(pipe: Any, run: Run, predict: Predict, on_step: OnStep) -> Tensor:
+    """Return the final latents; `on_step` sees them as the pipeline's callers do."""
+    schedule = run.schedule
+    if schedule.solver is None:
+        return sample_scheduler(
+            schedule.network_view(predict),
+            run.latents,
+            pipe.scheduler,
+            timesteps=schedule.timesteps,
+            generator=run.call.generator,
+            eta=getattr(run.call, "eta", None),
+            on_step=on_step,
+        )
+    x = schedule.from_pipeline(run.latents, 0)
+    x = schedule.solver(predict, x, schedule.sigmas, on_step=schedule.around(on_step))
+    return schedule.to_pipeline(x, len(run.plan))
 
 
 def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
@@ -157,16 +170,16 @@ def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
     if call.callback_on_step_end is not None:
         tensors = {"latents": x, **run.embeds}
         wanted = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
-        edited = call.callback_on_step_end(pipe, i, run.timesteps[i], wanted)
+        edited = call.callback_on_step_end(pipe, i, run.schedule.timesteps[i], wanted)
         x = edited.pop("latents", x)
         run.embeds = {name: edited.pop(name, old) for name, old in run.embeds.items()}
     last = i + 1 == len(plan)
     # A scale that a callback has set is not the plan's, and stays.
-    if not last and pipe._guidance_scale == plan.steps[i].guidance_scale:
-        pipe._guidance_scale = plan.steps[i + 1].guidance_scale
+    if not last and getattr(pipe, _scale_name(pipe)) == plan.steps[i].guidance_scale:
+        setattr(pipe, _scale_name(pipe), plan.steps[i + 1].guidance_scale)
     run.finite[i] = torch.isfinite(x).all()
     order = pipe.scheduler.order
-    warmup = max(len(plan) - run.num_steps * order, 0)
+    warmup = max(len(plan) - run.schedule.num_steps * order, 0)
     if last or (i + 1 > warmup and (i + 1) % order == 0):
         bar.update()
     if is_torch_xla_available():
@@ -178,13 +191,18 @@ def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
     return x
 
 
-def _check_finite(run: Run, sigmas: Tensor) -> None:
+def _scale_name(pipe: Any) -> str:
+    """Return the pipeline's attribute that holds the scale of classifier-free guidance."""
+    return f"_{pipe.family.scale_argument}"
+
+
+def _check_finite(run: Run) -> None:
     if bool(run.finite.all()):
         return
     i = int((~run.finite).nonzero()[0])
     raise RuntimeError(
         f"latents must stay finite, got nan or inf after step {i} of {len(run.plan)} "
-        f"(sigma {float(sigmas[i]):.4g}): try a lower guidance scale or a wider dtype"
+        f"(sigma {float(run.schedule.sigmas[i]):.4g}): try a lower guidance scale or a wider dtype"
     )
 
 

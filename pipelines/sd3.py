@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +13,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from torch import Tensor
 from transformers import (
@@ -29,20 +25,20 @@ from transformers import (
 )
 
 from core2_sampler.guidance import Prompts
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_timesteps
-from core2_sampler.pipelines.loop import Run, check_head, map_tensors, run_loop
-from core2_sampler.pipelines.stock import (
-    bind,
-    from_pipe_as_is,
-    from_pretrained_with_head,
-    rename_index,
-    with_core2,
+from core2_sampler.pipelines.adapters.sd3 import SD3Family
+from core2_sampler.pipelines.calls import (
+    check_rows,
+    check_steps,
+    count_images,
+    name_callback_tensors,
+    split_rows,
+    wants_uncond,
 )
+from core2_sampler.pipelines.loop import Run, check_head
+from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
-
-logger = logging.getLogger(__name__)
 
 _NEGATIVES = (
     "negative_prompt",
@@ -84,7 +80,7 @@ _HANDLED = {
 }
 
 
-class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
+class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
     """``StableDiffusion3Pipeline`` with one more optional component and one more call argument.
 
     ``pipe(prompt, core2="fast")`` runs one denoiser pass a step where the stock class runs two;
@@ -105,6 +101,8 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         weak_head: predicts the gap of classifier-free guidance, see `core2_sampler.weak_heads`.
     """
 
+    family = SD3Family()
+    stock_class = StableDiffusion3Pipeline
     # The stock class calls without T5, but can only load a folder that has one.
     _optional_components = [
         *StableDiffusion3Pipeline._optional_components,
@@ -112,8 +110,6 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         "tokenizer_3",
         "weak_head",
     ]
-    # Small, and an in-model head is never called itself, so no offload hook would ever move it.
-    _exclude_from_cpu_offload = ["weak_head"]
 
     def __init__(
         self,
@@ -144,12 +140,6 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
             feature_extractor=feature_extractor,
         )
         self.register_modules(weak_head=weak_head)
-        self._core2_plan: Plan | None = None
-
-    @property
-    def core2_plan(self) -> Plan | None:
-        """The plan of the latest call; None before the first and after a call without `core2`."""
-        return self._core2_plan
 
     @torch.no_grad()
     @with_core2(StableDiffusion3Pipeline.__call__)
@@ -180,22 +170,18 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         if core2 is None:
             return super().__call__(*args, **kwargs)
         call = bind(StableDiffusion3Pipeline.__call__, _HANDLED, (self, *args), kwargs)
-        run = self._prepare(call, resolve_config(core2))
-        self._core2_plan = run.plan
-        latents = run_loop(self, run, sd3_denoiser(self))
-        image = latents if call.output_type == "latent" else self._decode(latents, call.output_type)
-        self.maybe_free_model_hooks()
+        image = self._sample(call, resolve_config(core2))
         return StableDiffusion3PipelineOutput(images=image) if call.return_dict else (image,)
 
     def _prepare(self, call: SimpleNamespace, config: Core2Config) -> Run:
         """Check everything, encode the prompts and set the grid: all that comes before the loop."""
         self._check_call(call)
-        timesteps, num_steps = sd3_timesteps(
+        schedule = self.family.schedule(
             self, call.num_inference_steps, self._latent_size(call), sigmas=call.sigmas, mu=call.mu
         )
-        head = self.weak_head
-        plan = config.plan(len(timesteps), call.guidance_scale, head is not None and head.in_model)
-        check_head(head, plan, self.transformer, "sd3")
+        head, scale = self.weak_head, call.guidance_scale
+        plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
+        check_head(head, plan, self.family.denoiser(self))
         self._begin(call, plan)
         embeds = self._encode(call, plan)
         latents = self.prepare_latents(
@@ -212,9 +198,9 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         extra = {"joint_attention_kwargs": self.joint_attention_kwargs}
 
         def split(embeds: Mapping[str, Tensor]) -> Prompts:
-            return _split(embeds, extra, call.batch)
+            return split_rows(_side, embeds, extra, call.batch)
 
-        return Run(call, plan, timesteps, num_steps, latents, embeds, split)
+        return Run(call, plan, schedule, latents, embeds, split)
 
     def _check_call(self, call: SimpleNamespace) -> None:
         """Refuse bad arguments and fill in what the stock call fills in."""
@@ -223,19 +209,12 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
                 f"skip_guidance_layers must be None with core2, got {call.skip_guidance_layers}: "
                 "drop it, or call without core2"
             )
-        steps = call.num_inference_steps if call.sigmas is None else len(call.sigmas)
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        check_steps(call.num_inference_steps if call.sigmas is None else len(call.sigmas))
         default = self.default_sample_size * self.vae_scale_factor
         call.height, call.width = call.height or default, call.width or default
-        if isinstance(call.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            call.callback_on_step_end_tensor_inputs = call.callback_on_step_end.tensor_inputs
+        name_callback_tensors(call)
         self.check_inputs(**{name: getattr(call, name) for name in _CHECKED})
-        if isinstance(call.prompt, str):
-            prompts = 1
-        else:
-            prompts = len(call.prompt) if call.prompt is not None else call.prompt_embeds.shape[0]
-        call.batch = prompts * call.num_images_per_prompt
+        call.batch = count_images(call)
 
     def _begin(self, call: SimpleNamespace, plan: Plan) -> None:
         """Set what the stock properties and callbacks read."""
@@ -252,17 +231,8 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         return call.height // self.vae_scale_factor, call.width // self.vae_scale_factor
 
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
-        """Return the embeddings in the stock layout, by the names that callbacks know.
-
-        The negative prompt is left out where nothing reads it: no step and no callback.
-        """
-        wanted = set(call.callback_on_step_end_tensor_inputs or ()) - {"latents"}
-        watched = call.callback_on_step_end is not None and bool(wanted)
-        guided = max(step.guidance_scale for step in plan.steps) > 1
-        paired = guided and (plan.needs_uncond or watched)
-        given = [name for name in _NEGATIVES if getattr(call, name)]
-        if guided and given and not plan.needs_uncond:
-            logger.warning("no step of the plan runs %s: it has no effect", given[0])
+        """Return the embeddings in the stock layout, by the names that callbacks know."""
+        paired = wants_uncond(call, plan, _NEGATIVES)
         scale = (call.joint_attention_kwargs or {}).get("scale")
         embeds, negative, pooled, negative_pooled = self.encode_prompt(
             **{name: getattr(call, name) for name in _ENCODED},
@@ -270,11 +240,7 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
             device=self._execution_device,
             lora_scale=scale,
         )
-        if embeds.shape[0] != call.batch:
-            raise ValueError(
-                f"prompt_embeds must have one row for each of the {call.batch} images, "
-                f"got {embeds.shape[0]}: repeat them for num_images_per_prompt"
-            )
+        check_rows(embeds, call.batch)
         if paired:
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
@@ -291,64 +257,9 @@ class CoRe2StableDiffusion3Pipeline(StableDiffusion3Pipeline):
         self._joint_attention_kwargs = {**given, "ip_adapter_image_embeds": embeds}
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        config = self.vae.config
-        latents = (latents / config.scaling_factor) + config.shift_factor
-        image = self.vae.decode(latents, return_dict=False)[0]
+        image = self.family.decode(self, latents)
         return self.image_processor.postprocess(image, output_type=output_type)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> Any:
-        """Load a stock folder or hub repository, with the weak head that it may hold.
 
-        Args:
-            pretrained_model_name_or_path: as the stock method.
-            **kwargs: as the stock method; ``weak_head`` among them.
-
-        Returns:
-            The pipeline.
-        """
-        return from_pretrained_with_head(
-            cls, StableDiffusion3Pipeline, pretrained_model_name_or_path, kwargs
-        )
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Build on another pipeline's components; their dtypes stay unless one is asked for.
-
-        Args:
-            pipeline: a Stable Diffusion 3 pipeline.
-            **kwargs: as the stock method; ``weak_head`` among them.
-
-        Returns:
-            The new pipeline; it shares the components.
-        """
-        return from_pipe_as_is(cls, StableDiffusion3Pipeline, pipeline, kwargs)
-
-    def save_config(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Save ``model_index.json`` under the stock class name: the folder loads for everyone.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub: as the stock method.
-            **kwargs: as the stock method.
-        """
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        rename_index(Path(save_directory) / self.config_name, StableDiffusion3Pipeline.__name__)
-
-
-def _split(embeds: Mapping[str, Tensor], extra: Mapping[str, Any], batch: int) -> Prompts:
-    """Return (cond, uncond) of the stock layout, 2B rows or, without a negative prompt, B."""
-
-    def side(index: int) -> Conditioning:
-        def half(x: Tensor) -> Tensor:
-            return x.chunk(2)[index] if x.shape[0] == 2 * batch else x
-
-        tokens, pooled = half(embeds["prompt_embeds"]), half(embeds["pooled_prompt_embeds"])
-        return Conditioning(tokens, pooled, map_tensors(half, extra))
-
-    paired = all(x.shape[0] == 2 * batch for x in embeds.values())
-    return side(1), side(0) if paired else None
+def _side(embeds: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Conditioning:
+    return Conditioning(embeds["prompt_embeds"], embeds["pooled_prompt_embeds"], extra)

@@ -1,19 +1,23 @@
-"""Staying a drop-in for the stock classes: their call's signature, from_pipe, the saved index."""
+"""Staying a drop-in for the stock classes: their call's signature, loading, the saved index."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ModelMixin
+from diffusers.pipelines import auto_pipeline
 
-HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-"""Options of ``from_pretrained`` that say where an index is found."""
+from core2_sampler.pipelines.adapters.base import Family
+from core2_sampler.pipelines.loop import run_loop
+from core2_sampler.plan import Core2Config, Plan
+from core2_sampler.types import Denoiser
 
 
 def with_core2(stock_call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -23,14 +27,19 @@ def with_core2(stock_call: Callable[..., Any]) -> Callable[[Callable[..., Any]],
         stock_call: the stock pipeline's ``__call__``.
 
     Returns:
-        The decorator, for a ``__call__(self, *args, core2=None, **kwargs)``.
+        The decorator, for a ``__call__(self, *args, core2=None, **kwargs)``; keyword-only
+        arguments of its own come after the stock ones.
     """
 
     def show(function: Callable[..., Any]) -> Any:
         stock = inspect.signature(stock_call)
-        core2 = inspect.signature(function).parameters["core2"]
-        shown = stock.replace(parameters=[*stock.parameters.values(), core2])
-        function.__signature__ = shown  # type: ignore[attr-defined]
+        own = inspect.signature(function).parameters.values()
+        parameters = [
+            *(p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD),
+            *(p for p in own if p.kind is p.KEYWORD_ONLY),
+            *(p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD),
+        ]
+        function.__signature__ = stock.replace(parameters=parameters)  # type: ignore[attr-defined]
         return function
 
     return show
@@ -92,29 +101,6 @@ def from_pipe_as_is(cls: Any, stock_class: Any, pipeline: Any, kwargs: dict[str,
     return pipe
 
 
-def from_pretrained_with_head(cls: Any, stock_class: Any, source: Any, kwargs: Any) -> Any:
-    """Run the stock ``from_pretrained`` so that it can load a head of any module.
-
-    The stock loader takes a component from a module outside diffusers only if that module also
-    holds the name of the base class; a head's own module need not know that.
-
-    Args:
-        cls: our pipeline class.
-        stock_class: the stock class it derives from.
-        source: folder or hub id.
-        kwargs: of the stock method.
-
-    Returns:
-        The pipeline.
-    """
-    if "weak_head" not in kwargs:
-        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        module, _ = cls.load_config(source, **options).get("weak_head") or (None, None)
-        if module is not None:
-            vars(importlib.import_module(module)).setdefault("ModelMixin", ModelMixin)
-    return stock_class.from_pretrained.__func__(cls, source, **kwargs)
-
-
 def rename_index(file: Path, class_name: str) -> None:
     """Write another ``_class_name`` into a saved ``model_index.json``.
 
@@ -125,3 +111,107 @@ def rename_index(file: Path, class_name: str) -> None:
     index = json.loads(file.read_text(encoding="utf-8"))
     index["_class_name"] = class_name
     file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def register_auto(cls: Any, stock_class: Any) -> None:
+    """Let diffusers' AutoPipelines switch tasks from our class as they do from the stock one.
+
+    Args:
+        cls: our text-to-image class.
+        stock_class: the stock class it derives from.
+    """
+    tasks = (
+        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+    )
+    name = next(name for name, known in tasks[0].items() if known is stock_class)
+    for task in tasks:
+        if name in task:
+            task.setdefault(f"core2-{name}", cls if task is tasks[0] else task[name])
+
+
+class CoRe2Mixin:
+    """What our pipeline classes add to the stock ones beside their call.
+
+    Attributes:
+        family: how the family is called, encoded and scheduled.
+        stock_class: the class that ours derives from, and that a saved folder names.
+    """
+
+    family: ClassVar[Family]
+    stock_class: ClassVar[Any]
+    # Small, and an in-model head is never called itself, so no offload hook would ever move it.
+    _exclude_from_cpu_offload = ["weak_head"]
+    _core2_plan: Plan | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a family's class known to diffusers; a class derived from one is not asked for."""
+        super().__init_subclass__(**kwargs)
+        if "stock_class" in vars(cls):
+            register_auto(cls, cls.stock_class)
+
+    @property
+    def core2_plan(self) -> Plan | None:
+        """The plan of the latest call; None before the first and after a call without `core2`."""
+        return self._core2_plan
+
+    def _sample(self, call: SimpleNamespace, config: Core2Config) -> Any:
+        """Return the images, or latents, of a call with `core2`."""
+        pipe: Any = self
+        run = pipe._prepare(call, config)
+        self._core2_plan = run.plan
+        latents = run_loop(self, run, self._denoiser())
+        image = latents if call.output_type == "latent" else pipe._decode(latents, call.output_type)
+        pipe.maybe_free_model_hooks()
+        return image
+
+    def _denoiser(self) -> Denoiser:
+        return self.family.denoiser(self)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a model's index as the stock method does, and make its head's class loadable.
+
+        The stock loaders take a component from a module outside diffusers only if that module also
+        holds the name of the base class; a head's own module need not know that.
+
+        Args:
+            config_dict: the index.
+            **kwargs: as the stock method.
+
+        Returns:
+            As the stock method.
+        """
+        module, _ = config_dict.get("weak_head") or (None, None)
+        if module is not None:
+            vars(importlib.import_module(module)).setdefault("ModelMixin", ModelMixin)
+        pipe_class: Any = super()
+        return pipe_class.extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Build on another pipeline's components; their dtypes stay unless one is asked for.
+
+        Args:
+            pipeline: a pipeline of the same family.
+            **kwargs: as the stock method; ``weak_head`` among them.
+
+        Returns:
+            The new pipeline; it shares the components.
+        """
+        return from_pipe_as_is(cls, cls.stock_class, pipeline, kwargs)
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save ``model_index.json`` under the stock class name: the folder loads for everyone.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: as the stock method.
+            **kwargs: as the stock method.
+        """
+        pipe: Any = super()
+        pipe.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        rename_index(Path(save_directory) / "model_index.json", self.stock_class.__name__)

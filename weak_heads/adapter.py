@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -23,9 +24,11 @@ TARGETS = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # the text stream's attention
     *("net.0.proj", "net.2"),  # feed-forward
     *("norm1.linear", "norm1_context.linear"),  # adaLN: how a layer answers to the noise level
-    *("conv1", "conv2"),  # residual blocks of a UNet
+    *("norm.linear", "proj_mlp", "single_transformer_blocks.*.proj_out"),  # FLUX's single blocks
+    *("conv1", "conv2", "time_emb_proj"),  # residual blocks of a UNet
 )
-"""Endings of the names of the layers that get an adapter unless others are asked for."""
+"""Endings of the names of the layers that get an adapter unless others are asked for; ``*`` stands
+for anything."""
 
 
 class AdapterHead(WeakHead):
@@ -94,7 +97,7 @@ class AdapterHead(WeakHead):
         layers = {
             name: shape
             for name, layer in _layers(denoiser.module).items()
-            if any(name == target or name.endswith(f".{target}") for target in targets)
+            if any(fnmatchcase(f".{name}", f"*.{target}") for target in targets)
             and (shape := _shape(layer)) is not None
         }
         if not layers:
@@ -116,7 +119,7 @@ class AdapterHead(WeakHead):
             raise ValueError("a head must be attached once at a time, got a second denoiser")
         handles = []
         found = _layers(module)
-        self.check_latents(cast(Any, module).config.in_channels)
+        self.check_latents(_latent_channels(module))
         for name, wanted in self.config.layers.items():
             got = _shape(found.get(name))
             if got != list(wanted):
@@ -183,6 +186,12 @@ class AdapterHead(WeakHead):
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by name, those of the network itself where it is wrapped to compile."""
     return dict(getattr(module, "_orig_mod", module).named_modules())
+
+
+def _latent_channels(module: nn.Module) -> int:
+    config = cast(Any, module).config
+    packed = 4 if "guidance_embeds" in config else 1  # FLUX: one token for 2 x 2 latents
+    return config.in_channels // packed
 
 
 def _key(name: str) -> str:

@@ -47,8 +47,7 @@ class WeakHead(ModelMixin, ConfigMixin):
     @classmethod
     def fit_config(cls, denoiser: Denoiser) -> dict[str, Any]:
         """Return the arguments of the constructor that follow from the denoiser."""
-        channels = network_config(denoiser).in_channels
-        return {"family": denoiser.family, "latent_channels": channels}
+        return {"family": denoiser.family, "latent_channels": denoiser.latent_channels}
 
     def reset(self) -> None:
         """Forget what an earlier run left behind."""

@@ -18,12 +18,15 @@ from core2_sampler.types import Denoiser
 from core2_sampler.weak_heads.base import WeakHead, network_config
 
 _SIGMA_WIDTH = 128
+_PATCH = 2  # latents a side behind a token of FLUX and of SDXL, whose denoisers make the tokens
+_SDXL_SIZE_IDS = 6  # original size, crop and target size; the rest of the input is pooled
 
 
 class TapHead(WeakHead):
     """A small transformer on [hidden state; patches of x and cond], one token per patch.
 
-    Positions need no embedding: they are in the hidden states already, so any resolution works.
+    It adds no position embedding of its own, so any resolution works: it knows of positions what
+    the hidden states tell.
     """
 
     needs_features = True
@@ -69,13 +72,8 @@ class TapHead(WeakHead):
 
     @classmethod
     def fit_config(cls, denoiser: Denoiser) -> dict[str, Any]:
-        """Return the arguments of the constructor that follow from a transformer denoiser."""
-        config = network_config(denoiser)
-        return super().fit_config(denoiser) | {
-            "feature_dim": config.num_attention_heads * config.attention_head_dim,
-            "pooled_dim": config.pooled_projection_dim,
-            "patch_size": config.patch_size,
-        }
+        """Return the arguments of the constructor that follow from the denoiser."""
+        return super().fit_config(denoiser) | _token_layout(network_config(denoiser))
 
     def forward(
         self,
@@ -96,6 +94,9 @@ class TapHead(WeakHead):
             prompt_embeds: token embeddings; not used.
             pooled: pooled embeddings, [B, P].
             features: the denoiser's last hidden state, [B, H/p * W/p, D].
+
+        Raises:
+            ValueError: if the latents or the hidden state are not those of the denoiser.
         """
         self.check_latents(cond.shape[1])
         side = self.config.patch_size
@@ -107,6 +108,8 @@ class TapHead(WeakHead):
                 f"for latents {tuple(cond.shape)}, got {got}: run inside capture_features()"
             )
         dtype = self.proj_out.weight.dtype
+        if self.config.family == "sdxl":  # its x grows with sigma; the network sees it like this
+            x = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
         pair = torch.cat([x.to(dtype), cond.to(dtype)], 1)
         patches = F.unfold(pair, side, stride=side).mT  # [B, T, 2 * C * p * p]
         tokens = self.features_in(self.feature_norm(features.to(dtype))) + self.patches_in(patches)
@@ -118,6 +121,27 @@ class TapHead(WeakHead):
         patches = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
         gap = F.fold(patches.mT.float(), cond.shape[2:], side, stride=side)
         return gap.to(cond.dtype)
+
+
+def _token_layout(config: Any) -> dict[str, int]:
+    """Return what the head must know of a network's last hidden state, from its config."""
+    if "block_out_channels" not in config:
+        return {
+            "feature_dim": config.num_attention_heads * config.attention_head_dim,
+            "pooled_dim": config.pooled_projection_dim,
+            "patch_size": _PATCH if "guidance_embeds" in config else config.patch_size,
+        }
+    if config.addition_embed_type != "text_time":
+        raise ValueError(
+            "a UNet must take a pooled prompt embedding (addition_embed_type text_time), got "
+            f"{config.addition_embed_type}: use the adapter head"
+        )
+    size_ids = _SDXL_SIZE_IDS * config.addition_time_embed_dim
+    return {
+        "feature_dim": config.block_out_channels[0] * _PATCH**2,
+        "pooled_dim": config.projection_class_embeddings_input_dim - size_ids,
+        "patch_size": _PATCH,
+    }
 
 
 class _Block(nn.Module):

@@ -129,7 +129,7 @@ def _collect(
     if device == "cuda":
         device = str(state.device)  # one GPU for each process
     pipe = load_model(model, device, options.dtype)
-    tokens = options.max_sequence_length or model.tokens
+    tokens = model.check_tokens(options.max_sequence_length)
     policy = None if head is None else load_weak_head(head, pipe)
     seeds = range(options.seed, options.seed + options.num_seeds)
     about = {"model": options.model, "head": options.head, "max_sequence_length": tokens}

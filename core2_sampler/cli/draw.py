@@ -60,7 +60,7 @@ class Studio:
         drawn: list[Drawn] = []
         for batch in batches:
             start = time.perf_counter()
-            with count_nfe(self.pipe.transformer) as counter:
+            with count_nfe(self.pipe.family.denoiser(self.pipe).module) as counter:
                 images = self.run(arm.core2, prompt, batch, config.steps, advance)
             seconds = (time.perf_counter() - start) / len(batch)
             for image, seed in zip(images, batch, strict=True):
@@ -84,17 +84,22 @@ class Studio:
 
         return self.pipe(
             prompt,
-            negative_prompt=self.config.negative_prompt,
             height=self.job.height,
             width=self.job.width,
             num_inference_steps=steps,
-            guidance_scale=self.job.guidance_scale,
             num_images_per_prompt=len(seeds),
-            max_sequence_length=self.job.tokens,
+            **self._family_arguments(),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=on_step,
             core2=core2,
         ).images
+
+    def _family_arguments(self) -> dict[str, Any]:
+        family, job, negative = self.pipe.family, self.job, self.config.negative_prompt
+        if family.name == "flux" and negative is None:
+            negative = ""  # without one the stock call leaves guidance out
+        arguments = {family.scale_argument: job.guidance_scale, "negative_prompt": negative}
+        return arguments | ({} if job.tokens is None else {"max_sequence_length": job.tokens})
 
     def warm_up(self, arms: Sequence[Arm]) -> None:
         """Run two steps of each arm, since first runs pay for set-up; measured times shall not."""
@@ -125,7 +130,7 @@ class Studio:
             "height": job.height,
             "width": job.width,
             "max_sequence_length": job.tokens,
-            "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
             **environment(job.device),
         }
 

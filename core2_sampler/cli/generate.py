@@ -69,7 +69,7 @@ class Job:
     guidance_scale: float
     height: int
     width: int
-    tokens: int
+    tokens: int | None
     device: str
 
 
@@ -113,7 +113,7 @@ def check(config: GenerateConfig) -> Job:
     if head is not None and plan.needs_head:
         head.check_scale(scale)
     used = head if plan.needs_head else None
-    tokens = config.max_sequence_length or model.tokens
+    tokens = model.check_tokens(config.max_sequence_length)
     return Job(model, used, core2, plan, scale, height, width, tokens, device)
 
 

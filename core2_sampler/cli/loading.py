@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from core2_sampler.cli.options import user_input
+from core2_sampler.config import ConfigError
 from core2_sampler.model_files import HeadFiles, ModelFiles
 
 if TYPE_CHECKING:
@@ -48,35 +49,48 @@ def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
     Raises:
         ConfigError: if it was made for another model of the family.
     """
-    from core2_sampler.pipelines.adapters import sd3_denoiser
     from core2_sampler.weak_heads import HEADS, load_head
 
+    denoiser = pipe.family.denoiser(pipe)
     with user_input():
         if files.folder is None:
-            head = HEADS.get(files.name).for_denoiser(sd3_denoiser(pipe))
+            head = HEADS.get(files.name).for_denoiser(denoiser)
         else:
             head = load_head(files.folder)
-        head = head.to(pipe.transformer.device)
+        head = head.to(denoiser.module.device)
         if files.in_model:
-            with head.attached(pipe.transformer):
+            with head.attached(denoiser.module):
                 pass
     return head
 
 
-def sampling_setup(pipe: Any, steps: int, max_sequence_length: int) -> dict[str, Any]:
+def sampling_setup(pipe: Any, steps: int, max_sequence_length: int | None) -> dict[str, Any]:
     """Return what Collect needs of a loaded pipeline, under the names of its arguments.
 
     Args:
-        pipe: a Stable Diffusion 3 pipeline.
+        pipe: one of our pipelines.
         steps: number of sampling steps.
-        max_sequence_length: T5 tokens of a prompt.
-    """
-    from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
+        max_sequence_length: T5 tokens of a prompt, where the family has T5.
 
-    size = pipe.default_sample_size
+    Raises:
+        ConfigError: if the model's scheduler has no Euler form.
+    """
+    from core2_sampler.samplers import sample_euler
+
+    family = pipe.family
+    shape = family.latent_shape(pipe)
+    schedule = family.schedule(pipe, steps, shape[1:])
+    if schedule.solver is not sample_euler:
+        raise ConfigError(
+            "Collect samples with Euler steps, so the model's scheduler must be flow-match Euler, "
+            f"EulerDiscreteScheduler or DDIM, got {type(pipe.scheduler).__name__}: change it in "
+            "the model's scheduler/scheduler_config.json"
+        )
+    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     return {
-        "denoiser": sd3_denoiser(pipe),
-        "encode": partial(sd3_encode, pipe, max_sequence_length=max_sequence_length),
-        "sigmas": sd3_sigmas(pipe, steps, (size, size)),
-        "latent_shape": (pipe.transformer.config.in_channels, size, size),
+        "denoiser": family.denoiser(pipe),
+        "encode": partial(family.encode, pipe, **length),
+        "sigmas": schedule.sigmas,
+        "noise_scale": schedule.noise_scale,
+        "latent_shape": shape,
     }

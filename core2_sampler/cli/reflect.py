@@ -131,7 +131,7 @@ def _reflect(
     from core2_sampler.weak_heads.card import save_head
 
     pipe = load_model(model, device, "fp32")
-    tokens = options.max_sequence_length or model.tokens
+    tokens = model.check_tokens(options.max_sequence_length)
     setup = sampling_setup(pipe, options.sampling_steps, tokens)
     with user_input():
         head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core2_sampler.shapes import models
 from core2_sampler.shapes.batches import (
@@ -81,7 +79,7 @@ def _call_flux(
     answer = network(
         hidden_states=FluxPipeline._pack_latents(x, batch, channels, height, width),
         timestep=time / 1000,
-        guidance=torch.ones(batch, device=x.device),
+        guidance=torch.full((batch,), 3.5, device=x.device),  # the stock call's default
         pooled_projections=encoded.pooled,
         encoder_hidden_states=encoded.t5,
         txt_ids=torch.zeros(encoded.t5.shape[1], 3, device=x.device),
@@ -155,11 +153,6 @@ class SceneProbe(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
 
 
-def _fast_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Plain attention on a CPU, whose fused kernel has a slow backward at these sizes."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
 def _noised(flow: bool, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return (network input, time in 0..1000, what to predict) for clean latents.
 
@@ -191,7 +184,7 @@ def denoiser_loss(
         rng = random.Random(f"dropout/{step}")
         texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in batch.texts]
         x, time, target = _noised(recipe.flow, batch.latents, torch.Generator().manual_seed(step))
-        with autocast(device), _fast_attention(device):
+        with autocast(device):
             answer = recipe.call(probe.denoiser, x, time, encode(texts, length))
             named = probe(batch.labels)
         return (answer.float() - target).square().mean() + _PROBE_WEIGHT * named

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from core2_sampler.collect import CollectConfig, Job, collect
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
 from core2_sampler.reflect import ReflectConfig, reflect
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.trajectory import TrajectoryStore
@@ -34,12 +33,12 @@ JOBS = [Job(f"{a} {b}", a + b, seed) for a in "abc" for b in "defghi" for seed i
 def run_collect(pipe: object, folder: Path, processes: int = 1, index: int = 0) -> None:
     """Collect all jobs, or one process's share of them."""
     collect(
-        sd3_denoiser(pipe),
-        partial(sd3_encode, pipe, max_sequence_length=8),
+        pipe.family.denoiser(pipe),
+        partial(pipe.family.encode, pipe, max_sequence_length=8),
         JOBS,
         TrajectoryStore(folder),
         CollectConfig((2.0, 4.0), steps_per_trajectory=3, batch_size=2),
-        sigmas=sd3_sigmas(pipe, 5, (8, 8)),
+        sigmas=pipe.family.schedule(pipe, 5, (8, 8)).sigmas,
         latent_shape=(4, 8, 8),
         num_processes=processes,
         process_index=index,
@@ -48,7 +47,7 @@ def run_collect(pipe: object, folder: Path, processes: int = 1, index: int = 0) 
 
 def run_reflect(pipe: object, folder: Path) -> None:
     """Train a head on the collected rows and save it."""
-    denoiser = sd3_denoiser(pipe)
+    denoiser = pipe.family.denoiser(pipe)
     head = HEADS.get("adapter").for_denoiser(denoiser)
     config = ReflectConfig(
         steps=STEPS, batch_size=8, precision="fp32", save_seconds=0.02, evaluations=2

@@ -30,7 +30,6 @@ from core2_sampler.benchmarks.runner import arm_folder, run_arm
 from core2_sampler.benchmarks.study import Study, latent_distance, result_rows, worst_and_best
 from core2_sampler.collect import CollectConfig, Job, collect
 from core2_sampler.config import ConfigError, load_config
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
 from core2_sampler.plan import make_plan
 from core2_sampler.shapes.judge import judge
 from core2_sampler.shapes.world import held_out_prompts
@@ -52,7 +51,8 @@ def make_study(folder: Path, *, batch_size: int = 5, prompts: int = 6, **changes
 def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Heads that do something: their zero-initialised weights are filled."""
     root = tmp_path_factory.mktemp("heads")
-    denoiser = sd3_denoiser(tiny_sd3_pipeline())
+    pipe = tiny_sd3_pipeline()
+    denoiser = pipe.family.denoiser(pipe)
     folders = {}
     for name in ("adapter", "affine", "tap"):
         options = {"scale_range": (2.0, 5.0)} if name == "adapter" else {}
@@ -246,12 +246,12 @@ def test_bench_shapes_writes_the_table_and_runs_nothing_twice(tmp_path, heads, m
     pipe = tiny_sd3_pipeline()
     store = TrajectoryStore(tmp_path / "store")
     collect(
-        sd3_denoiser(pipe),
-        lambda texts: sd3_encode(pipe, texts, max_sequence_length=16),
+        pipe.family.denoiser(pipe),
+        lambda texts: pipe.family.encode(pipe, texts, max_sequence_length=16),
         [Job("a red star", "p0", 0), Job("a ring", "p1", 1)],
         store,
         CollectConfig(),
-        sigmas=sd3_sigmas(pipe, 4, (8, 8)),
+        sigmas=pipe.family.schedule(pipe, 4, (8, 8)).sigmas,
         latent_shape=(4, 8, 8),
     )
     config = ShapesConfig(

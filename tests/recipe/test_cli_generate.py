@@ -15,7 +15,6 @@ from PIL import Image
 
 from core2_sampler.cli import main
 from core2_sampler.cli.images import captioned, file_stem, grid
-from core2_sampler.pipelines.adapters import sd3_denoiser
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -33,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.save_pretrained(root / "model")
     generator = torch.Generator().manual_seed(1)
     for name, options in (("tap", {}), ("adapter", {"scale_range": (2.0, 5.0)})):
-        head = HEADS.get(name).for_denoiser(sd3_denoiser(pipe), **options)
+        head = HEADS.get(name).for_denoiser(pipe.family.denoiser(pipe), **options)
         for parameter in head.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         head.save_pretrained(root / name)

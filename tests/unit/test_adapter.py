@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-from core2_sampler.pipelines.adapters import SD3Denoiser, sd3_denoiser, sd3_encode
+from core2_sampler.pipelines.adapters.sd3 import SD3Denoiser
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.adapter import AdapterHead
@@ -25,12 +25,12 @@ def pipe():
 
 @pytest.fixture
 def denoiser(pipe):
-    return sd3_denoiser(pipe)
+    return pipe.family.denoiser(pipe)
 
 
 @pytest.fixture
 def prompt(pipe):
-    return partial(sd3_encode, pipe, max_sequence_length=8)(["a b", "c"])[0]
+    return partial(pipe.family.encode, pipe, max_sequence_length=8)(["a b", "c"])[0]
 
 
 def loud(head):
@@ -202,7 +202,7 @@ def test_a_range_that_cannot_be_is_refused(denoiser, scales):
 class UNetDenoiser:
     """A real UNet behind the contract, as much of it as an adapter needs."""
 
-    family = "unet"
+    family, latent_channels = "unet", 4
 
     def __init__(self, module):
         self.module = module

@@ -6,10 +6,16 @@ import json
 
 import pytest
 from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-from core2_sampler import CoRe2Pipeline, CoRe2StableDiffusion3Pipeline
+from core2_sampler import (
+    CoRe2FluxPipeline,
+    CoRe2Pipeline,
+    CoRe2StableDiffusion3Pipeline,
+    CoRe2StableDiffusionXLPipeline,
+)
 from core2_sampler.pipelines.auto import PIPELINES, load_pipeline, pipeline_class
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.weak_heads.controls import CondHead
 
 
@@ -64,7 +70,32 @@ def test_every_registered_class_derives_from_the_stock_class_it_stands_for():
         assert name in [base.__name__ for base in PIPELINES.get(name).__mro__]
 
 
-def test_the_class_is_known_from_the_index_alone(tmp_path):
-    index = {"_class_name": "StableDiffusion3Pipeline"}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert pipeline_class(tmp_path) is CoRe2StableDiffusion3Pipeline
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [
+        ("StableDiffusion3Pipeline", CoRe2StableDiffusion3Pipeline),
+        ("StableDiffusionXLPipeline", CoRe2StableDiffusionXLPipeline),
+        ("FluxPipeline", CoRe2FluxPipeline),
+    ],
+)
+def test_the_class_is_known_from_the_index_alone(stock, ours, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": stock}))
+    assert pipeline_class(tmp_path) is ours
+
+
+def test_a_folder_of_each_family_loads_by_its_index(tmp_path):
+    for make in (tiny_sdxl_pipeline, tiny_flux_pipeline):
+        pipe = make()
+        pipe.save_pretrained(tmp_path / pipe.family.name)
+        again = load_pipeline(tmp_path / pipe.family.name)
+        assert type(again) is type(pipe)
+        assert type(CoRe2Pipeline.from_pipe(again)) is type(pipe)
+
+
+def test_a_class_derived_from_ours_takes_no_place_in_diffusers_maps():
+    """Or loading one file twice would let the later class answer for the first."""
+    known = AUTO_TEXT2IMAGE_PIPELINES_MAPPING["core2-stable-diffusion-3"]
+    assert known is CoRe2StableDiffusion3Pipeline
+    type("Derived", (CoRe2StableDiffusion3Pipeline,), {})
+    assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["core2-stable-diffusion-3"] is known
+    assert "Derived" not in [cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()]

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from core2_sampler.cli import COMMANDS, main
-from core2_sampler.pipelines.adapters import sd3_denoiser
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -24,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli")
     pipe = tiny_sd3_pipeline()
     pipe.save_pretrained(root / "model")
-    denoiser = sd3_denoiser(pipe)
+    denoiser = pipe.family.denoiser(pipe)
     HEADS.get("tap").for_denoiser(denoiser).save_pretrained(root / "tap")
     adapter = HEADS.get("adapter").for_denoiser(denoiser, scale_range=(2.0, 5.0))
     adapter.save_pretrained(root / "adapter")
@@ -106,13 +105,19 @@ GENERATE = [
 
 @pytest.mark.parametrize(("arguments", "text"), GENERATE, ids=name_of)
 def test_generate(
-    folders: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+    folders: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    text: str,
 ):
+    monkeypatch.chdir(tmp_path)
     given = [argument.format(folders) for argument in arguments]
     model = [] if "--model" in given else ["--model", str(folders / "model")]
     error = error_of(["generate", "a star", *model, *given], capsys)
     assert text.format(folders) in error
-    assert not Path("out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_is_needed(capsys: pytest.CaptureFixture[str]):

@@ -19,7 +19,6 @@ from core2_sampler.collect import (
     make_units,
 )
 from core2_sampler.guidance import make_predict
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
 from core2_sampler.plan import make_plan
 from core2_sampler.rows import is_held_out
 from core2_sampler.samplers import sample_euler
@@ -39,9 +38,9 @@ def pipe():
 def setup(pipe):
     """Return the arguments of ``collect`` that follow from the model."""
     return {
-        "denoiser": sd3_denoiser(pipe),
-        "encode": partial(sd3_encode, pipe, max_sequence_length=8),
-        "sigmas": sd3_sigmas(pipe, STEPS, SHAPE[1:]),
+        "denoiser": pipe.family.denoiser(pipe),
+        "encode": partial(pipe.family.encode, pipe, max_sequence_length=8),
+        "sigmas": pipe.family.schedule(pipe, STEPS, SHAPE[1:]).sigmas,
         "latent_shape": SHAPE,
     }
 

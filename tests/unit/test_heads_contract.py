@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from core2_sampler.guidance import make_predict
-from core2_sampler.pipelines.adapters import SD3Denoiser, sd3_denoiser, sd3_encode
+from core2_sampler.pipelines.adapters.sd3 import SD3Denoiser
 from core2_sampler.plan import make_plan
 from core2_sampler.rows import Rows
 from core2_sampler.testing import tiny_sd3_pipeline
@@ -28,13 +28,13 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def encode(pipe):
-    return partial(sd3_encode, pipe, max_sequence_length=8)
+    return partial(pipe.family.encode, pipe, max_sequence_length=8)
 
 
 @pytest.fixture(params=HEADS.names())
 def head(request, pipe):
     """Return each registered head, untrained."""
-    return HEADS.get(request.param).for_denoiser(sd3_denoiser(pipe))
+    return HEADS.get(request.param).for_denoiser(pipe.family.denoiser(pipe))
 
 
 def trained(head, shape=(4, 8, 8), batch=3):
@@ -72,7 +72,7 @@ def test_it_has_one_of_the_two_interfaces(head):
 
 def test_untrained_it_is_cond_bit_for_bit(head, pipe, encode):
     cond, _ = encode(["a", "b c", "d"])
-    x, denoiser = latents(3, 4, 8, 8), sd3_denoiser(pipe)
+    x, denoiser = latents(3, 4, 8, 8), pipe.family.denoiser(pipe)
     with torch.no_grad():
         plain = denoiser(x, torch.full((3,), 0.7), cond)
     assert torch.equal(guided(head, denoiser, x, cond), plain)
@@ -81,7 +81,8 @@ def test_untrained_it_is_cond_bit_for_bit(head, pipe, encode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 4, 8, 12), (2, 4, 16, 6)])
 def test_any_batch_any_resolution_any_dtype(head, encode, shape, dtype):
-    denoiser = sd3_denoiser(tiny_sd3_pipeline().to(dtype))
+    pipe = tiny_sd3_pipeline().to(dtype)
+    denoiser = pipe.family.denoiser(pipe)
     cond, _ = encode(["a"] * shape[0])
     prompt = type(cond)(cond.prompt_embeds.to(dtype), cond.pooled.to(dtype))
     head = trained(head).to(dtype)
@@ -98,31 +99,31 @@ def test_it_is_the_same_after_saving_and_loading(head, pipe, encode, tmp_path):
     assert type(again) is type(head) and not again.training
     cond, _ = encode(["a", "b", "c"])
     x, gap = latents(3, 4, 8, 8), latents(3, 4, 8, 8, seed=1)
-    first, second = (guided(h, sd3_denoiser(pipe), x, cond, gap) for h in (head, again))
+    first, second = (guided(h, pipe.family.denoiser(pipe), x, cond, gap) for h in (head, again))
     assert torch.equal(first, second)
-    untrained = type(head).for_denoiser(sd3_denoiser(pipe))
+    untrained = type(head).for_denoiser(pipe.family.denoiser(pipe))
     silent = type(head).__name__ == "CondHead"
-    assert silent or not torch.equal(first, guided(untrained, sd3_denoiser(pipe), x, cond))
+    assert silent or not torch.equal(first, guided(untrained, pipe.family.denoiser(pipe), x, cond))
 
 
 def test_it_leaves_the_global_random_state_alone(head, pipe, encode):
     cond, _ = encode(["a"])
     before = torch.get_rng_state()
-    type(head).for_denoiser(sd3_denoiser(pipe))
-    guided(trained(head), sd3_denoiser(pipe), latents(1, 4, 8, 8), cond)
+    type(head).for_denoiser(pipe.family.denoiser(pipe))
+    guided(trained(head), pipe.family.denoiser(pipe), latents(1, 4, 8, 8), cond)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_seed_decides_the_initial_weights(head, pipe):
     make = type(head).for_denoiser
-    same, again, other = (make(sd3_denoiser(pipe), seed=s).state_dict() for s in (5, 5, 6))
+    same, again, other = (make(pipe.family.denoiser(pipe), seed=s).state_dict() for s in (5, 5, 6))
     assert all(torch.equal(same[name], again[name]) for name in same)
     if list(head.parameters()):
         assert not all(torch.equal(same[name], other[name]) for name in same)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(head, pipe, encode):
-    head, denoiser = trained(head), sd3_denoiser(pipe)
+    head, denoiser = trained(head), pipe.family.denoiser(pipe)
     x, gap = latents(3, 4, 8, 8), latents(3, 4, 8, 8, seed=1)
     together = guided(head, denoiser, x, encode(["a", "b c", "d"])[0], gap)
     alone = guided(head, denoiser, x[1:2], encode(["b c"])[0], gap[1:2])
@@ -132,7 +133,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(head, pipe, encode):
 def test_the_noise_level_of_each_row_is_its_own(head, pipe, encode):
     if head.in_model or type(head).__name__ in ("CondHead", "LastGapHead"):
         pytest.skip("reads no noise level itself")
-    head, denoiser = trained(head), sd3_denoiser(pipe)
+    head, denoiser = trained(head), pipe.family.denoiser(pipe)
     cond, _ = encode(["a", "b"])
     x, sigma = latents(2, 4, 8, 8), torch.tensor([0.3, 0.7])
     with torch.no_grad(), denoiser.capture_features() as latest:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from core2_sampler.collect import CollectConfig, Job, OnlineSource, collect
 from core2_sampler.gap_error import NoiseBins, predict_gap, relative_gap_error, scales_of
-from core2_sampler.pipelines.adapters import sd3_denoiser, sd3_encode, sd3_sigmas
 from core2_sampler.reflect import ReflectConfig, reflect, resolve_precision
 from core2_sampler.rows import Rows
 from core2_sampler.testing import tiny_sd3_pipeline
@@ -32,9 +31,9 @@ def pipe():
 @pytest.fixture(scope="module")
 def setup(pipe):
     return {
-        "denoiser": sd3_denoiser(pipe),
-        "encode": partial(sd3_encode, pipe, max_sequence_length=8),
-        "sigmas": sd3_sigmas(pipe, 6, (8, 8)),
+        "denoiser": pipe.family.denoiser(pipe),
+        "encode": partial(pipe.family.encode, pipe, max_sequence_length=8),
+        "sigmas": pipe.family.schedule(pipe, 6, (8, 8)).sigmas,
         "latent_shape": (4, 8, 8),
     }
 

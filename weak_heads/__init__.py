@@ -21,6 +21,7 @@ HEADS: Registry[type[WeakHead]] = Registry(
         "affine": "core2_sampler.weak_heads.controls:AffineHead",
         "cond": "core2_sampler.weak_heads.controls:CondHead",
         "last_gap": "core2_sampler.weak_heads.controls:LastGapHead",
+        "official": "core2_sampler.weak_heads.official:OfficialHead",
         "tap": "core2_sampler.weak_heads.tap:TapHead",
     },
 )

@@ -1,25 +1,41 @@
-"""``core2 heads``: what weak heads there are."""
+"""``core2 heads``: what weak heads there are, and the import of the authors' own."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
-from core2_sampler.config import ConfigError
+from core2_sampler.cli.options import add_command, user_input
+from core2_sampler.config import ConfigError, option
 from core2_sampler.model_files import EMBEDDED, UNTRAINED, find_head, find_model
 
 app = typer.Typer(
-    help="Show the weak heads.",
+    help="Show the weak heads, and import the authors' own.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """Options of ``core2 heads import``."""
+
+    files: tuple[str, ...] = option(
+        help="The authors' sd35_noise_model.pth or sdxl_noise_model.pth.", positional=True
+    )
+    out: Path = option(help="Folder of the head.", short="-o")
+    upstream: bool = option(
+        False, help="Reproduce the numbers of the released code, its errors included."
+    )
+
+
 @app.callback()
 def _group() -> None:
-    """Show the weak heads."""
+    """Show the weak heads, and import the authors' own."""
 
 
 @app.command("list")
@@ -41,3 +57,20 @@ def list_heads() -> None:
         except ConfigError:
             head = None
         print(f"{model}: {head.folder if head else 'no head here'}")
+
+
+def import_head(options: ImportOptions) -> None:
+    """Make a weak head of a checkpoint of the authors; nothing but tensors is read from it."""
+    if len(options.files) != 1:
+        raise ConfigError(f"files must be one checkpoint, got {len(options.files)}")
+    from core2_sampler.weak_heads.official_import import import_official
+
+    with user_input():
+        head = import_official(options.files[0], options.out, upstream=options.upstream)
+    print(
+        f"{options.out}: official head for {head.config.family}, {head.num_parameters()} "
+        f"parameters, guidance scale {head.config.reference_scale:g}"
+    )
+
+
+add_command(app, "import", ImportOptions, import_head)

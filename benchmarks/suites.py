@@ -1,0 +1,298 @@
+"""The prompt suites: where each list comes from, what it measures, and how it is read.
+
+No list but that of the Shapes world is shipped. The others are read from a local file in the
+upstream format, or fetched from where they are published.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core2_sampler.benchmarks.fetch import fetch
+from core2_sampler.registry import Registry
+from core2_sampler.shapes.world import held_out_prompts
+
+Row = dict[str, Any]
+
+HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
+T2I_CATEGORIES = (
+    "color",
+    "shape",
+    "texture",
+    "spatial",
+    "3d_spatial",
+    "non_spatial",
+    "numeracy",
+    "complex",
+)
+_TEXT_COLUMNS = ("prompt", "prompts", "caption")
+_TASK_COLUMNS = ("category", "tag")
+_HPD = "hf:datasets/ymhao/HPDv2@fd163b223b6faf112eccafeabe2e31a0e950f177/benchmark"
+_T2I = (
+    "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/"
+    "1b7094991a57f3c22abdd4f6e8ba6c1a15517073/examples/dataset"
+)
+_NSFW = re.compile(
+    r"\b(?:nsfw|nud\w*|naked\w*|topless|undress\w*|lingerie|bikini|porn\w*|hentai|erotic\w*|"
+    r"sex\w*|fetish\w*|bdsm|breasts?|boobs?|tits|nipples?|cleavage|busty|genitals?|penis\w*|"
+    r"vagina\w*|butts?|ass|horny|orgasm\w*|slut\w*|whore\w*|gore|gory|behead\w*|dismember\w*|"
+    r"mutilat\w*|rape\w*|suicide)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SuitePrompt:
+    """One prompt of a suite.
+
+    Attributes:
+        id: unique in the suite; a text that stands twice in a list is two prompts.
+        text: the prompt, exactly as upstream has it.
+        task: its task, category or style; the suite's name where the list has none.
+        meta: whatever else the list says of it, such as GenEval's ``include``.
+    """
+
+    id: str
+    text: str
+    task: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A registered prompt list.
+
+    Attributes:
+        name: what users type.
+        about: one line for reports.
+        licence: of the list, as far as it is stated.
+        size: number of prompts of the complete list.
+        primary: the scorer that decides, declared before any run.
+        upstream: address of each file, as ``fetch`` takes it; empty for what is embedded.
+        tasks: task of each upstream file, where the file decides it.
+        suffix: what follows the task in the names of such files.
+        required: columns that every row must have beside its text.
+    """
+
+    name: str
+    about: str
+    licence: str
+    size: int
+    primary: str
+    upstream: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    suffix: str = ""
+    required: tuple[str, ...] = ()
+
+
+SUITES: Registry[Suite] = Registry("suite")
+
+for _suite in (
+    Suite(
+        "shapes",
+        "held-out captions of the Shapes world, six tasks after GenEval",
+        "Apache-2.0 (part of this package)",
+        240,
+        "shapes",
+    ),
+    Suite(
+        "drawbench",
+        "DrawBench (arXiv 2205.11487); the published JSON has no categories, the CSV has eleven",
+        "not stated upstream (prompts of the Imagen paper)",
+        200,
+        "imagereward",
+        (f"{_HPD}/drawbench.json",),
+    ),
+    Suite(
+        "geneval",
+        "GenEval (arXiv 2310.11513), six tasks judged by detection",
+        "MIT (djghosh13/geneval)",
+        553,
+        "geneval",
+        (
+            "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
+        ),
+        required=("tag", "include"),
+    ),
+    Suite(
+        "hpdv2",
+        "HPDv2 benchmark (arXiv 2306.09341), four styles of 800",
+        "Apache-2.0 (ymhao/HPDv2)",
+        3200,
+        "hpsv21",
+        tuple(f"{_HPD}/{style}.json" for style in HPD_STYLES),
+        HPD_STYLES,
+    ),
+    Suite(
+        "pickapic",
+        "Pick-a-Pic v1 test_unique (arXiv 2305.01569), by users, partly not safe for work",
+        "see the data card of yuvalkirstain/pickapic_v1; fetched from a copy without its own",
+        500,
+        "pickscore",
+        ("hf:datasets/Jialuo21/pickapic-test/test.jsonl",),
+    ),
+    Suite(
+        "t2icompbench",
+        "T2I-CompBench validation lists (arXiv 2307.06350), eight categories of 300",
+        "MIT (Karine-Huang/T2I-CompBench)",
+        2400,
+        "blipvqa",
+        tuple(f"{_T2I}/{category}_val.txt" for category in T2I_CATEGORIES),
+        T2I_CATEGORIES,
+        "_val",
+    ),
+):
+    SUITES.register(_suite.name)(_suite)
+
+
+def load(
+    suite: str = "shapes",
+    source: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    skip_nsfw: bool = False,
+) -> list[SuitePrompt]:
+    """Return the prompts of a suite in upstream order.
+
+    Args:
+        suite: a name of ``SUITES``.
+        source: the list's file in the upstream format, or the folder of its files; None fetches
+            the published ones, or takes the embedded ones.
+        limit: only the first so many, at least 1.
+        skip_nsfw: leave out prompts with a word that is not safe for work; ids do not move, so
+            what was left out can be told.
+
+    Raises:
+        ValueError: if the suite is unknown, a list cannot be had or read or is empty, or
+            ``limit`` is not between 1 and the number of its prompts.
+    """
+    row = SUITES.get(suite)
+    if source is None and not row.upstream:
+        found = [
+            SuitePrompt(prompt.id, prompt.text, prompt.task, prompt.metadata())
+            for prompt in held_out_prompts(row.size if limit is None else limit)
+        ]
+    else:
+        found = _read_suite(row, source)
+    if limit is not None and not 1 <= limit <= len(found):
+        raise ValueError(f"limit must be 1 to {len(found)} for suite {suite}, got {limit}")
+    return [p for p in found[:limit] if not (skip_nsfw and _NSFW.search(p.text))]
+
+
+def _read_suite(suite: Suite, source: str | Path | None) -> list[SuitePrompt]:
+    """Read all files of a suite and check that a fetched list is complete."""
+    if source is None:
+        paths = [fetch(address) for address in suite.upstream]
+    elif suite.tasks and Path(source).expanduser().is_dir():
+        paths = _files_in(suite, Path(source).expanduser())
+    else:
+        paths = [fetch(source)]
+    found = [prompt for path in paths for prompt in _read_file(suite, path)]
+    if source is None and len(found) != suite.size:
+        raise ValueError(
+            f"the published list of {suite.name} must have {suite.size} prompts, got {len(found)}: "
+            "it has changed, so give the file that you mean as the source"
+        )
+    return found
+
+
+def _files_in(suite: Suite, folder: Path) -> list[Path]:
+    """Return the folder's file of each task, in the suite's order."""
+    by_task: dict[str, list[Path]] = {task: [] for task in suite.tasks}
+    for path in sorted(folder.iterdir()):
+        if (task := _task_of_file(suite, path)) is not None:
+            by_task[task].append(path)
+    if wrong := [task for task, files in by_task.items() if len(files) != 1]:
+        raise ValueError(
+            f"{folder} must hold one file for each of {', '.join(suite.tasks)}, got "
+            f"{', '.join(f'{len(by_task[task])} for {task}' for task in wrong)}: give a file "
+            "instead to read one list"
+        )
+    return [by_task[task][0] for task in suite.tasks]
+
+
+def _task_of_file(suite: Suite, path: Path) -> str | None:
+    """Return the longest task that ends the file's name, as `3d_spatial` ends in `spatial`."""
+    fit = [t for t in suite.tasks if re.fullmatch(f"(.*_)?{t}{suite.suffix}", path.stem)]
+    return max(fit, key=len, default=None)
+
+
+def _read_file(suite: Suite, path: Path) -> list[SuitePrompt]:
+    """Read one file; the ids number its rows."""
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} must hold at least one prompt, got none")
+    lacking = [name for name in suite.required if name not in rows[0]]
+    if lacking:
+        raise ValueError(f"{path} must have {', '.join(lacking)}, got {', '.join(rows[0])}")
+    text_column = _column(rows[0], _TEXT_COLUMNS)
+    if text_column is None:
+        raise ValueError(
+            f"{path} must have a column {' or '.join(_TEXT_COLUMNS)}, got {', '.join(rows[0])}"
+        )
+    task_column, file_task = _column(rows[0], _TASK_COLUMNS), _task_of_file(suite, path)
+    prefix = suite.name if file_task is None else f"{suite.name}/{file_task}"
+    prompts = []
+    for index, row in enumerate(rows):
+        text = row.get(text_column)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path} must have a prompt in every row, got {text!r} in row {index}")
+        given = row.get(task_column) if task_column else None
+        task = file_task or str(given or suite.name).strip()
+        prompts.append(SuitePrompt(f"{prefix}/{index:05d}", text, task, row))
+    return prompts
+
+
+def _column(row: Row, names: Sequence[str]) -> str | None:
+    return next((column for column in row if column.lower() in names), None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a prompt list: csv, tsv, json, jsonl or txt with one prompt a line.
+
+    Raises:
+        ValueError: if the file is of another kind, or is not what its name says.
+    """
+    readers: dict[str, Callable[[str], Iterable[Any]]] = {
+        ".csv": _read_csv,
+        ".tsv": lambda text: csv.DictReader(io.StringIO(text), delimiter="\t"),
+        ".json": json.loads,
+        ".jsonl": lambda text: map(json.loads, _lines(text)),
+        ".txt": _lines,
+    }
+    if path.suffix not in readers:
+        raise ValueError(
+            f"a prompt list must be one of {', '.join(readers)}, got {path.name}: write its "
+            "column of prompts to one of them"
+        )
+    try:
+        items = list(readers[path.suffix](path.read_text(encoding="utf-8-sig")))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a {path.suffix[1:]} file in UTF-8: {error}") from None
+    rows = [{"prompt": item} if isinstance(item, str) else item for item in items]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict) or None in row:
+            raise ValueError(
+                f"{path} must have texts or named columns in every row, got something else in row "
+                f"{index}"
+            )
+    return rows
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _read_csv(text: str) -> Iterable[Row]:
+    """Read a CSV file, or the HPDv2 subset ``index,caption`` whose commas are not quoted."""
+    first, *rest = _lines(text) or [""]
+    if "caption_zh" in first.split(","):
+        return [{"caption": line.partition(",")[2]} for line in rest]
+    return csv.DictReader(io.StringIO(text))

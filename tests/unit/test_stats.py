@@ -1,4 +1,4 @@
-"""Clustered bootstrap: scipy's own in the unclustered case, and coverage of a known mean."""
+"""Clustered statistics. Truth: scipy's own in the unclustered case, known means, closed forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from core2_sampler.benchmarks.stats import mean_estimate, prompt_means, share_estimate
+from core2_sampler.benchmarks.stats import (
+    holm,
+    mean_estimate,
+    minimum_detectable_effect,
+    prompt_means,
+    share_estimate,
+    sign_flip_p,
+    win_rate,
+)
 
 
 def clustered(
@@ -115,3 +123,116 @@ def test_same_seed_same_interval():
 def test_bad_input_is_refused(values, clusters, strata, message):
     with pytest.raises(ValueError, match=message):
         mean_estimate(values, clusters, strata)
+
+
+def names(n: int, task: str = "t") -> tuple[list[str], list[str]]:
+    """One image a prompt, all of one task."""
+    return [f"p{i}" for i in range(n)], [task] * n
+
+
+def test_win_rate_counts_prompts_with_wilson_intervals_and_both_rules_for_ties():
+    differences = [1.0] * 6 + [0.0] * 2 + [-1.0] * 2
+    rate = win_rate(differences, *names(10))
+    assert (rate.wins, rate.ties, rate.losses) == (6, 2, 2)
+    for estimate, share in ((rate.strict, 0.6), (rate.half, 0.7)):
+        # Wilson 1927 in closed form.
+        n, z = 10, 1.959963984540054
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        assert estimate.value == pytest.approx(share)
+        assert (estimate.low, estimate.high) == pytest.approx((middle - half, middle + half))
+
+
+def test_win_rate_with_an_odd_number_of_ties_spans_both_counts():
+    rate = win_rate([1.0, 1.0, 0.0, -1.0], *names(4))
+    below, above = (win_rate(d, *names(4)).strict for d in ([1, 1, -1, -1], [1, 1, 1, -1]))
+    assert rate.half.value == 0.625
+    assert (rate.half.low, rate.half.high) == (below.low, above.high)
+    assert rate.strict == below
+
+
+def test_more_seeds_do_not_make_more_prompts():
+    clusters, strata = ["a", "a", "a", "b", "b", "b"], ["t"] * 6
+    rate = win_rate([3.0, -1.0, -1.0, 0.5, -1.0, -1.0], clusters, strata)  # means 1/3 and -1/2
+    assert (rate.wins, rate.ties, rate.losses) == (1, 0, 1)
+    assert rate.strict == win_rate([1.0, -1.0], ["a", "b"], ["t", "t"]).strict
+
+
+def test_sign_flip_p_is_the_share_of_all_flips_that_are_as_extreme():
+    """Every sign pattern by hand: two tasks of unequal size, two images a prompt."""
+    means, tasks = np.array([0.3, 0.5, -0.2, 0.4, 0.1, 2, -1.5, 0.8]), ["big"] * 5 + ["small"] * 3
+    values = np.repeat(means, 2) + np.tile([0.1, -0.1], 8)
+    clusters = [f"p{i // 2}" for i in range(16)]
+    ours = sign_flip_p(values, clusters, [tasks[i // 2] for i in range(16)])
+    flipped = np.array([[1 if k >> i & 1 else -1 for i in range(8)] for k in range(256)]) * means
+    null = (flipped[:, :5].mean(1) + flipped[:, 5:].mean(1)) / 2
+    observed = (means[:5].mean() + means[5:].mean()) / 2
+    assert ours == pytest.approx(2 * (null >= observed - 1e-12).mean())
+    pooled = 2 * (flipped.mean(1) >= means.mean() - 1e-12).mean()
+    assert ours != pytest.approx(pooled, abs=0.01)  # every task weighs the same
+
+
+def test_sign_flip_p_at_its_ends():
+    assert sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0], *names(5)) == pytest.approx(2 / 2**5)
+    assert sign_flip_p([0.0] * 5, *names(5)) == 1
+    p = sign_flip_p(np.ones(40), *names(40))
+    assert p == pytest.approx(2 / 10_000)  # never 0: the data themselves are one of the flips
+
+
+def test_sign_flip_p_agrees_with_students_t_on_normal_differences():
+    values = np.random.default_rng(5).normal(size=60)
+    values += 0.2 - values.mean()
+    expected = stats.ttest_1samp(values, 0).pvalue
+    assert sign_flip_p(values, *names(60)) == pytest.approx(expected, abs=0.015)
+    assert 0.02 < expected < 0.2
+
+
+def test_holm_gives_the_worked_examples():
+    # R's p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm"); and by hand: 4 * .005, 3 * .01, ...
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == pytest.approx([1, 1])
+    assert holm([0.2]) == pytest.approx([0.2])
+    assert len(holm([])) == 0
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects():
+    """The procedure as Holm words it: from the smallest p on, until one is above alpha / left."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        p = np.round(rng.uniform(size=rng.integers(1, 9)) ** 4, 3)  # with ties
+        alpha = rng.uniform(0.001, 0.3)
+        rejected = set()
+        for tried, k in enumerate(np.argsort(p, kind="stable")):
+            if p[k] * (len(p) - tried) > alpha:
+                break
+            rejected.add(int(k))
+        assert set(np.flatnonzero(holm(p) <= alpha)) == rejected
+
+
+@pytest.mark.parametrize("p_values", [[1.1], [-0.1, 0.5], [math.nan], [[0.1]]])
+def test_holm_refuses_what_is_no_p_value(p_values):
+    with pytest.raises(ValueError, match="within 0 to 1"):
+        holm(p_values)
+
+
+def test_a_study_shows_its_minimum_detectable_effect_four_times_out_of_five():
+    """Simulated: the clustered z-test of studies whose true difference is the one computed."""
+    rng = np.random.default_rng(1)
+    values, clusters, strata = clustered(rng, n_prompts=400, n_images=3)
+    effect = minimum_detectable_effect(values, clusters, strata)
+    # Spread of a prompt's mean: shared noise 1 and a third of 0.2^2; two tasks of 200 prompts.
+    error = math.sqrt((1 + 0.2**2 / 3) / 400)
+    assert effect == pytest.approx((1.95996 + 0.84162) * error, rel=0.1)
+    means = rng.normal(effect, error, size=20_000)
+    assert (np.abs(means) > 1.95996 * error).mean() == pytest.approx(0.8, abs=0.1)
+
+
+def test_more_power_needs_a_larger_effect_and_one_prompt_a_task_tells_nothing():
+    values, clusters, strata = clustered(np.random.default_rng(2), n_prompts=40, n_images=2)
+    effects = [
+        minimum_detectable_effect(values, clusters, strata, power=power) for power in (0.5, 0.8)
+    ]
+    half_width = 1.95996 * effects[1] / (1.95996 + 0.84162)
+    assert effects[0] == pytest.approx(half_width, rel=1e-4)  # at 50 % it is the half width
+    assert math.isnan(minimum_detectable_effect([1.0, 2.0], ["p", "p"], ["t", "t"]))

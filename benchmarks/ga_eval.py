@@ -1,0 +1,199 @@
+"""GA-Eval: is a method better than CFG, or does it only guide harder?
+
+Judges reward strong guidance, and with a head that predicts nothing, weak-to-strong 1.5 at scale
+3.5 is CFG at 4.75. So a win has to hold against CFG at the method's own effective guidance scale
+and NFE. On FLUX the scale is that of the pipeline's true CFG, with ``weak_guidance`` or without.
+
+Reference: Xie et al., Guidance Matters, arXiv 2602.22570.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from core2_sampler.benchmarks.arms import Arm
+from core2_sampler.benchmarks.effective_scale import EffectiveScale, Meter
+from core2_sampler.benchmarks.stats import Estimate
+from core2_sampler.pipelines.adapters.base import Schedule
+from core2_sampler.pipelines.loop import Run
+from core2_sampler.plan import Core2Config, Plan
+from core2_sampler.types import Predict
+
+_SCALE_DIGITS = 4
+"""Decimals of a matched scale: what cond measures differs from 1 by rounding errors alone."""
+
+
+@contextmanager
+def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
+    """Measure the calls with ``core2`` that a pipeline gets inside the context.
+
+    The calls return what they always return. The negative prompt is encoded even where no step of
+    the method runs it. A counter around the call sees the passes of the measurement too.
+
+    Args:
+        pipe: a CoRe2 pipeline.
+
+    Yields:
+        A callable that returns the latest call's measurement.
+
+    Raises:
+        ValueError: from the call, if it has a guidance scale of at most 1 or the denoiser caches;
+            from the callable, if no call was measured.
+    """
+    latest: list[Meter] = []
+    prepare = pipe._prepare
+
+    def measured(call: SimpleNamespace, config: Core2Config) -> Run:
+        run = prepare(call, _PairedConfig.of(config))
+        run.plan = Plan(run.plan.steps, run.plan.in_model)
+        meter = Meter(pipe._denoiser(), run.schedule.sigmas, lambda _i: run.prompts())
+        run.schedule = _WatchedSchedule.of(run.schedule, meter.watch)
+        latest[:] = [meter]
+        return run
+
+    def read() -> EffectiveScale:
+        if not latest:
+            raise ValueError(
+                "a call with core2= must be made before its scale is read, got none: plain CFG is "
+                "core2=Core2Config(mode='cfg')"
+            )
+        return latest[0].result()
+
+    pipe._prepare = measured
+    try:
+        yield read
+    finally:
+        del pipe._prepare
+
+
+def measure_effective_scale(pipe: Any, **call: Any) -> EffectiveScale:
+    """Run a pipeline's call for the sake of its effective guidance scale alone.
+
+    Args:
+        pipe: a CoRe2 pipeline.
+        **call: its arguments, ``core2`` among them.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ValueError: see ``measuring``.
+    """
+    with measuring(pipe) as read:
+        pipe(**{"output_type": "latent", **call})
+    return read()
+
+
+def matched_arms(arm: Arm, scale: float, nfe: float) -> tuple[Arm, Arm]:
+    """Return the CFG runs that an arm is to be compared with, on the same initial latents.
+
+    Args:
+        arm: the method.
+        scale: its effective guidance scale, ``EffectiveScale.mean``; GA-Eval itself runs every
+            image at its own, ``per_sample``.
+        nfe: denoiser evaluations of one of its samples, counted.
+
+    Returns:
+        CFG with the arm's steps and guidance scale; and at the effective scale, with
+        ``int(steps * ratio)`` steps, where the ratio is the arm's NFE over that of CFG. A scale
+        of at most 1 is cond there, which costs one pass a step.
+
+    Raises:
+        ValueError: if the scale is not finite, or the NFE does not pay for one step.
+
+    Reference:
+        arXiv 2602.22570, the protocol of its released code.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"scale must be finite, got {scale} for arm {arm.name!r}: with a negative prompt equal "
+            "to the prompt there is no guidance to match"
+        )
+    scale = round(scale, _SCALE_DIGITS)
+    steps = int(nfe / 2) if scale > 1 else int(nfe)
+    if steps < 1:
+        raise ValueError(f"nfe must pay for a step of CFG, got {nfe:g} for arm {arm.name!r}")
+    name = f"{arm.name}-matched"
+    matched = Arm(name, "cfg", steps, scale) if scale > 1 else Arm(name, "cond", steps, 1.0)
+    return Arm("cfg", "cfg", arm.steps, arm.guidance_scale), matched
+
+
+def verdict(name: str, default: Estimate, matched: Estimate) -> str:
+    """Say in plain words what a method's two comparisons with CFG show.
+
+    Args:
+        name: of the method.
+        default: paired difference to CFG at its default scale and steps; above 0 is better.
+        matched: paired difference to CFG at the method's effective scale and NFE.
+
+    Returns:
+        One sentence.
+    """
+    against = "CFG at its own effective scale and NFE"
+    facts = f"{name} {_outcome(default, 'default CFG')} and {_outcome(matched, against)}"
+    if matched.low > 0:
+        if default.low > 0:
+            return f"{facts}: the gain is more than a change of guidance scale."
+        return f"{facts}: better than CFG for the same cost, but no win over default CFG."
+    if default.low > 0:
+        return f"{facts}: it wins only against default CFG, and its scale may be all of that."
+    return f"{facts}: no gain over CFG is shown."
+
+
+def _outcome(difference: Estimate, reference: str) -> str:
+    numbers = f"({difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}])"
+    if math.isnan(difference.low):
+        return f"has too few prompts to be compared with {reference} ({difference.value:+.3g})"
+    if difference.low > 0:
+        return f"beats {reference} {numbers}"
+    if difference.high < 0:
+        return f"loses to {reference} {numbers}"
+    return f"cannot be told from {reference} {numbers}"
+
+
+class _PairedPlan(Plan):
+    """A plan that has the negative prompt encoded, whatever its steps."""
+
+    __slots__ = ()
+
+    @property
+    def needs_uncond(self) -> bool:
+        return True
+
+
+class _PairedConfig(Core2Config):
+    """A config that makes such plans."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, config: Core2Config) -> _PairedConfig:
+        return cls(**{each.name: getattr(config, each.name) for each in fields(config)})
+
+    def plan(self, num_steps: int, guidance_scale: float, in_model: bool = False) -> Plan:
+        return _PairedPlan(super().plan(num_steps, guidance_scale, in_model).steps, in_model)
+
+
+@dataclass(frozen=True, slots=True)
+class _WatchedSchedule(Schedule):
+    """A schedule whose updates, in closed form or not, ask a watched ``predict``."""
+
+    watch: Callable[[Predict], Predict] = lambda predict: predict
+
+    @classmethod
+    def of(cls, schedule: Schedule, watch: Callable[[Predict], Predict]) -> _WatchedSchedule:
+        own = {each.name: getattr(schedule, each.name) for each in fields(schedule)}
+        solver = schedule.solver
+        if solver is not None:
+            own["solver"] = lambda predict, *args, **options: solver(
+                watch(predict), *args, **options
+            )
+        return cls(**own, watch=watch)
+
+    def network_view(self, predict: Predict) -> Predict:
+        return Schedule.network_view(self, self.watch(predict))

@@ -114,6 +114,9 @@ class ArmSpec:
 
 ARMS: Registry[ArmSpec] = Registry("arm")
 
+OWN = "own"
+"""What arms call the head that a model brings along, whatever its kind."""
+
 for _name, _spec in {
     "cond": ArmSpec("cond", "the prompt alone, no guidance"),
     "cfg": ArmSpec("cfg", "classifier-free guidance, the reference"),
@@ -124,6 +127,9 @@ for _name, _spec in {
     "tap-fast": ArmSpec("core", "tap head, all fast (E = 0)", "tap"),
     "tap-quarter": ArmSpec("core", "tap head, first quarter slow (E = N/4)", "tap", 0.25),
     "tap-w2s": ArmSpec("core", "tap head, all slow (E = N), w2s 1.5", "tap", 1.0, 1.5),
+    "fast": ArmSpec("core", "the model's own head, all fast (E = 0)", OWN),
+    "balanced": ArmSpec("core", "the model's own head, first quarter CFG", OWN, 0.25),
+    "quality": ArmSpec("core", "the model's own head, all slow (E = N), w2s 1.5", OWN, 1.0, 1.5),
 }.items():
     ARMS.register(_name)(_spec)
 
@@ -138,6 +144,10 @@ FIRST_TABLE = (
     "tap-quarter",
     "tap-w2s",
 )
+
+
+SUITE_ARMS = ("cond", "cfg", "cfg-half", "last-gap", "fast", "balanced")
+"""What suites are run with where no arms are named."""
 
 
 def build_arms(

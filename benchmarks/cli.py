@@ -6,12 +6,13 @@ to be good.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core2_sampler.benchmarks import suite_cli
 from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, build_arms
+from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
 from core2_sampler.benchmarks.options import (
     BenchConfig,
     KneeConfig,
@@ -21,7 +22,7 @@ from core2_sampler.benchmarks.options import (
     command_line,
 )
 from core2_sampler.config import ConfigError
-from core2_sampler.model_files import UNTRAINED, ModelFiles, find_head, find_model
+from core2_sampler.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
     from core2_sampler.benchmarks.report import Row
@@ -41,9 +42,10 @@ def bench_shapes(config: ShapesConfig) -> None:
     check_out(config.out)
     model = find_model(config.study.model)
     scale = model.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    heads = head_folders(config, model, scale)
-    names = available_arms(heads) if config.arms is None else config.arms
+    heads = with_affine(head_folders(config.heads, model), config)
+    names = available_arms(FIRST_TABLE, heads) if config.arms is None else config.arms
     groups = [_arms(names, n, scale, heads) for n in config.steps]
+    check_scales([arm for arms in groups for arm in arms], model)
     study = open_study(config.study, model)
     if config.trajectories is not None:
         from core2_sampler.benchmarks.runner import fit_affine
@@ -102,6 +104,7 @@ COMMANDS: dict[str, tuple[type[Any], Any]] = {
     "shapes": (ShapesConfig, bench_shapes),
     "sweep": (SweepConfig, bench_sweep),
     "knee": (KneeConfig, bench_knee),
+    **suite_cli.COMMANDS,
 }
 """Name of each command, the dataclass of its options, and the function that takes it."""
 
@@ -118,40 +121,20 @@ def check_out(path: Path) -> None:
         raise ConfigError(f"out must be a file that ends in .md, got {path}")
 
 
-def head_folders(config: ShapesConfig, model: ModelFiles, scale: float) -> dict[str, str]:
-    """Return the folder of every head at hand, by name: given, the model's own, to be fitted.
+def with_affine(heads: dict[str, str], config: ShapesConfig) -> dict[str, str]:
+    """Return the heads with the affine control among them, where it is to be fitted.
 
     Raises:
-        ConfigError: if a head does not look like ``name=FOLDER``, comes twice, does not exist,
-            is not of the model's family or was not made for this guidance scale.
+        ConfigError: if it is there already, or there is nothing to fit it on.
     """
-    heads: dict[str, str] = {}
-    for text in config.heads:
-        name, equals, folder = text.partition("=")
-        if not (name and equals and folder) or name in heads:
-            raise ConfigError(f"heads must be name=FOLDER, each name once, got {text!r}")
-        heads[name] = folder
-    own = find_head(None, model)
-    if own is not None and own.folder is not None:
-        heads.setdefault(_kind(own.folder), str(own.folder))
-    for folder in heads.values():
-        found = find_head(folder, model)
-        if found is not None:
-            found.check_scale(scale)
-    if config.trajectories is not None:
-        if "affine" in heads or not config.trajectories.is_dir():
-            raise ConfigError(
-                "trajectories must be a folder, and without a head affine=FOLDER, "
-                f"got {config.trajectories}"
-            )
-        heads["affine"] = str(config.study.cache / "affine")
-    return heads
-
-
-def available_arms(heads: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the arms of the first table that these heads are enough for."""
-    known = (None, *UNTRAINED, *heads)
-    return tuple(name for name in FIRST_TABLE if ARMS.get(name).head in known)
+    if config.trajectories is None:
+        return heads
+    if "affine" in heads or not config.trajectories.is_dir():
+        raise ConfigError(
+            "trajectories must be a folder, and without a head affine=FOLDER, "
+            f"got {config.trajectories}"
+        )
+    return heads | {"affine": str(config.study.cache / "affine")}
 
 
 def open_study(config: StudyConfig, model: ModelFiles) -> Study:
@@ -186,7 +169,7 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         folder=config.cache,
         batch_size=config.batch_size,
         dtype=config.dtype,
-        max_sequence_length=config.max_sequence_length or model.tokens,
+        max_sequence_length=model.check_tokens(config.max_sequence_length),
     )
 
 
@@ -265,11 +248,3 @@ def _arms(names: Sequence[str], steps: int, scale: float, heads: Mapping[str, st
         return build_arms(names, steps, scale, heads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _kind(folder: Path) -> str:
-    """Return the registered name of the head in a folder, which ``find_head`` has checked."""
-    from core2_sampler.weak_heads import HEADS
-
-    made_by = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    return next(name for name in HEADS.names() if HEADS.get(name).__name__ == made_by)

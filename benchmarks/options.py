@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from core2_sampler.benchmarks.arms import FIRST_TABLE
+from core2_sampler.benchmarks.arms import FIRST_TABLE, SUITE_ARMS
 from core2_sampler.config import option
 
 
@@ -85,23 +85,135 @@ class KneeConfig:
 
 BenchConfig = ShapesConfig | SweepConfig | KneeConfig
 
+OUT = option(Path("out/suites"), help="Folder of the results; nothing in it is made twice.")
 
-def command_line(config: BenchConfig) -> str:
+
+@dataclass(frozen=True, slots=True)
+class GenerateConfig:
+    """Options of ``core2 bench generate``; a preset stands in for what is left out."""
+
+    suite: str | None = option(
+        None, help="A prompt suite: shapes, geneval, drawbench ...; by default shapes."
+    )
+    source: Path | None = option(
+        None, help="File or folder with the suite's prompts; by default they are fetched."
+    )
+    limit: int | None = option(None, help="Only the first so many prompts.", min=1)
+    skip_nsfw: bool = option(False, help="Leave out prompts that are not safe for work.")
+    preset: str | None = option(
+        None, help="A published protocol: xielab-pick101, geneval-official, ga-eval, core2-paper."
+    )
+    model: str = option("shapes-sd3", help="An embedded model, a folder or a hub id owner/name.")
+    arms: tuple[str, ...] | None = option(
+        None,
+        help=f"Arms, by default those of {', '.join(SUITE_ARMS)} whose heads are there.",
+    )
+    heads: tuple[str, ...] = option(
+        (), help="Folders of heads: tap=FOLDER,adapter=FOLDER; the model's own is known."
+    )
+    steps: tuple[int, ...] | None = option(
+        None, help="Number of steps N, or several; by default 28.", min=1
+    )
+    guidance_scale: float | None = option(
+        None, help="Scale of every arm; by default what the model's head was made for.", min=1
+    )
+    seeds: tuple[int, ...] | None = option(
+        None, help="Seeds of each prompt; by default 0,1.", min=0
+    )
+    batch_size: int = option(16, help="Images generated at once.", min=1)
+    dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
+    device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
+    threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
+    max_sequence_length: int | None = option(
+        None,
+        help="T5 tokens; by default the stock call's, or the model's if fewer.",
+        min=1,
+        max=512,
+    )
+    ga_eval: int = option(
+        16,
+        help="Images that each head's effective guidance scale is measured on, so that it is also "
+        "compared with CFG at that scale and NFE; 0 leaves this out.",
+        min=0,
+    )
+    shard: str = option("0/1", help="Share i/n of the images, i from 0 to n - 1.")
+    out: Path = OUT
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """Which judges look at the images."""
+
+    scorers: tuple[str, ...] | None = option(
+        None,
+        help="Scorers as name or name=SOURCE (folder, hub id, command); the source tiny is a "
+        "random model. By default the preset's, or the one that the suite declares.",
+    )
+    judge_batch_size: int = option(16, help="Images judged at once.", min=1)
+    judge_device: str = option("auto", help="A torch device for the judges; auto: the best one.")
+    judge_dtype: Literal["fp32", "fp16", "bf16"] = option(
+        "fp32", help="Precision of the judges' weights; part of what scores are kept by."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreConfig:
+    """Options of ``core2 bench score``."""
+
+    judging: Judging
+    suites: tuple[str, ...] | None = option(None, help="Only these suites; by default all.")
+    out: Path = OUT
+
+
+@dataclass(frozen=True, slots=True)
+class ReportConfig:
+    """Options of ``core2 bench report``."""
+
+    sheet: int = option(10, help="Best and worst pairs in each contact sheet; 0 is none.", min=0)
+    out: Path = OUT
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Options of ``core2 bench run``: those of generate and score."""
+
+    generate: GenerateConfig
+    judging: Judging
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """Options of ``core2 bench export``."""
+
+    layout: Literal["geneval", "t2icompbench", "hpsv2"] = option(
+        help="Whose file names: geneval, t2icompbench or hpsv2."
+    )
+    to: Path = option(help="Folder for the copies, one folder in it for each arm.")
+    out: Path = OUT
+
+
+def command_line(config: Any) -> str:
     """Return the command that makes the table again: the options that are not the defaults."""
     name = type(config).__name__.removesuffix("Config").lower()
-    words = ["core2", "bench", name]
-    for part in (config, config.study):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if field.name == "study" or value == field.default:
-                continue
+    return shlex.join(["core2", "bench", name, *_words(config)])
+
+
+def _words(config: Any) -> list[str]:
+    """Return a config's options as words, its own before those of nested configs."""
+    words: list[str] = []
+    nested: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            nested += _words(value)
+        elif value != field.default:
             flag = field.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{flag}")
             else:
                 items = value if isinstance(value, tuple) else (value,)
                 words += [f"--{flag}", ",".join(map(_text, items))]
-    return shlex.join(words)
+    return words + nested
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -117,15 +117,25 @@ def write_table(
         raise ValueError(f"a table is a Markdown file, its name must end in .md, got {path.name!r}")
     if not rows:
         raise ValueError("a table must have at least one row, got none")
-    records = [{**asdict(row), "provenance": dict(provenance)} for row in rows]
-    lines = [json.dumps(_no_nan(record), ensure_ascii=False) for record in records]
-    notes = "\n".join(f"- {key}: {_note(value)}" for key, value in provenance.items())
+    notes = provenance_notes(provenance)
     commands = "\n".join(f"    {command}" for command in dict.fromkeys(r.command for r in rows))
     parts = [f"# {title}", markdown_table(rows), text.strip(), "Made by", commands, notes]
     page = "\n\n".join(part for part in parts if part) + "\n"
-    write_atomic(path.with_suffix(".json"), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+    write_rows(path.with_suffix(".json"), [(row, provenance) for row in rows])
     write_atomic(path, page.encode())
     return path, path.with_suffix(".json")
+
+
+def write_rows(path: Path, rows: Iterable[tuple[Row, Mapping[str, Any]]]) -> None:
+    """Write rows, each with its provenance, as a JSON list of one row a line."""
+    records = [{**asdict(row), "provenance": dict(provenance)} for row, provenance in rows]
+    lines = [json.dumps(_no_nan(record), ensure_ascii=False) for record in records]
+    write_atomic(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+
+
+def provenance_notes(provenance: Mapping[str, Any]) -> str:
+    """Return provenance as a Markdown list."""
+    return "\n".join(f"- {key}: {_note(value)}" for key, value in provenance.items())
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -174,7 +184,8 @@ def contact_sheet(
         top = line * line_height
         draw.text((2, top + 2), caption, fill="black")
         for column, image in enumerate(images):
-            scaled = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            kind = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
+            scaled = image.convert("RGB").resize((side, side), kind)
             sheet.paste(scaled, (column * (side + margin), top + text_height))
     return sheet
 

@@ -99,17 +99,9 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
     pipe = study.pipe
     head = pipe.weak_head
     plan = arm.plan(head is not None and head.in_model)
-    latents = pipe.family.noise(pipe, [case.generator() for case in cases])
     pipe.set_progress_bar_config(disable=True)
-    with count_nfe(pipe.family.denoiser(pipe).module) as counter, _autocast(study):
-        final = pipe(
-            **encode(study, cases, with_negative=plan.needs_uncond),
-            latents=latents,
-            num_inference_steps=arm.steps,
-            **{pipe.family.scale_argument: arm.guidance_scale},
-            output_type="latent",
-            core2=arm.config(),
-        ).images
+    with count_nfe(pipe.family.denoiser(pipe).module) as counter, autocast(study):
+        final = pipe(**call_of(study, arm, cases, with_negative=plan.needs_uncond)).images
     nfe = counter.per_sample(len(cases))
     if nfe != plan.nfe:
         raise RuntimeError(
@@ -117,6 +109,21 @@ def generate(study: Study, arm: Arm, cases: Sequence[Case]) -> tuple[Tensor, Ten
             f"plan says, got {nfe:g} counted: nothing of this batch was kept"
         )
     return final.float().cpu(), decode(pipe, final), nfe
+
+
+def call_of(
+    study: Study, arm: Arm, cases: Sequence[Case], *, with_negative: bool
+) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that samples a batch of an arm."""
+    pipe = study.pipe
+    return {
+        **encode(study, cases, with_negative=with_negative),
+        "latents": pipe.family.noise(pipe, [case.generator() for case in cases]),
+        "num_inference_steps": arm.steps,
+        pipe.family.scale_argument: arm.guidance_scale,
+        "output_type": "latent",
+        "core2": arm.config(),
+    }
 
 
 def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[str, Tensor]:
@@ -240,7 +247,8 @@ def arm_folder(study: Study, arm: Arm, head: Any, writer: int = 0) -> Path:
     return folder
 
 
-def _autocast(study: Study) -> AbstractContextManager[Any]:
+def autocast(study: Study) -> AbstractContextManager[Any]:
+    """Return the context of a study's precision."""
     if study.dtype == "fp32":
         return nullcontext()
     return torch.autocast(study.pipe.device.type, DTYPES[study.dtype])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import typer
 
 from core2_sampler.benchmarks.cli import COMMANDS
-from core2_sampler.cli.launch import start_missing_processes
+from core2_sampler.benchmarks.options import RunConfig
+from core2_sampler.cli.launch import launched_on_cpu, start_missing_processes
 from core2_sampler.cli.options import add_command
 
 SHARED = ("generate", "run")
@@ -22,9 +24,16 @@ def _with_all_processes(run: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(run)
     def started(config: Any) -> None:
         start_missing_processes()
-        run(config)
+        run(_on_cpu(config) if launched_on_cpu() else config)
 
     return started
+
+
+def _on_cpu(config: Any) -> Any:
+    """Return a config of `SHARED` with its device on the CPU."""
+    if isinstance(config, RunConfig):
+        return dataclasses.replace(config, generate=_on_cpu(config.generate))
+    return dataclasses.replace(config, device="cpu")
 
 
 app = typer.Typer(

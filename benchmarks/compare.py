@@ -1,0 +1,278 @@
+"""The numbers of a report: each arm's scores, and its paired differences from the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core2_sampler.benchmarks.images import ImageRecord
+from core2_sampler.benchmarks.judges import SHARES, TINY, is_meaningless, judges_task
+from core2_sampler.benchmarks.report import Row
+from core2_sampler.benchmarks.runs import Run, RunArm, store_of
+from core2_sampler.benchmarks.scores import Scores
+from core2_sampler.benchmarks.stats import (
+    Array,
+    Estimate,
+    WinRate,
+    holm,
+    mean_estimate,
+    minimum_detectable_effect,
+    share_estimate,
+    sign_flip_p,
+    win_rate,
+)
+from core2_sampler.benchmarks.study import Case
+from core2_sampler.benchmarks.suites import SUITES
+
+TASK_MEANS = ("shapes", "geneval", "t2icompbench")
+"""Suites whose score is the unweighted mean of their tasks; in others every prompt counts alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An arm's scores.
+
+    Attributes:
+        entry: the arm.
+        values: one score a case, [n]; a failed image has the floor.
+        reasons: the judge's reasons, n.
+        records: the images, None where one failed, n.
+    """
+
+    entry: RunArm
+    values: Array
+    reasons: list[str]
+    records: list[ImageRecord | None]
+
+    @property
+    def failed(self) -> int:
+        """How many images could not be generated."""
+        return self.records.count(None)
+
+    @property
+    def nfe(self) -> float:
+        """Denoiser evaluations of an image, counted."""
+        return float(np.mean([record.nfe for record in self.records if record]))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of an image."""
+        return float(np.mean([record.seconds for record in self.records if record]))
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One judge's scores of all arms of a run.
+
+    Attributes:
+        run: the run.
+        name: the judge's name.
+        key: the judge's key.
+        cases: the cases that it judges, in the run's order.
+        arms: the arms.
+    """
+
+    run: Run
+    name: str
+    key: str
+    cases: list[Case]
+    arms: list[Measured]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether scores are 1 (right) or 0."""
+        return self.name.removesuffix(f"-{TINY}") in SHARES
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether the suite has declared that this metric decides."""
+        return self.name.removesuffix(f"-{TINY}") == SUITES.get(self.run.suite).primary
+
+    @property
+    def is_meaningless(self) -> bool:
+        """Whether the judge is a random model."""
+        return is_meaningless(self.name)
+
+    @property
+    def clusters(self) -> list[str]:
+        """Prompt of each case."""
+        return [case.prompt.id for case in self.cases]
+
+    @property
+    def strata(self) -> list[str]:
+        """What is resampled apart, and averaged with equal weight: tasks, or the whole suite."""
+        tasks = self.run.suite in TASK_MEANS
+        return [case.prompt.task if tasks else self.run.suite for case in self.cases]
+
+    def estimate(self, values: Array, tasks: Sequence[str] = ()) -> Estimate:
+        """Estimate the mean of ``values`` [n], of some tasks only where they are named."""
+        chosen = [i for i, c in enumerate(self.cases) if not tasks or c.prompt.task in tasks]
+        clusters, strata = self.clusters, self.strata
+        estimator = share_estimate if self.is_share else mean_estimate
+        return estimator(values[chosen], [clusters[i] for i in chosen], [strata[i] for i in chosen])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An arm against the reference on one metric, image by image on the same latents.
+
+    Attributes:
+        metric: the metric.
+        arm: the arm.
+        reference: what it is compared with.
+        difference: mean difference, in the metric's unit.
+        p_value: of no difference, two-sided.
+        wins: prompts won, lost and tied.
+        detectable: the smallest true difference that this run would find 4 times in 5.
+        p_holm: ``p_value`` after Holm's correction over the whole report; a random judge has none.
+    """
+
+    metric: Metric
+    arm: Measured
+    reference: Measured
+    difference: Estimate
+    p_value: float
+    wins: WinRate
+    detectable: float
+    p_holm: float | None = None
+
+
+def measure(out: Path, run: Run, scores: Scores) -> Metric | None:
+    """Collect one judge's scores of a run, None if it was shown none of its images.
+
+    A failed image has the lowest score that the judge gave to any image of the run, and 0 where it
+    says right or wrong: it is counted against its arm and never dropped.
+
+    Raises:
+        ValueError: if images or scores are missing.
+    """
+    cases = [case for case in run.cases if judges_task(scores.name, run.suite, case.prompt.task)]
+    found = [_collect(out, run, entry, scores, cases) for entry in run.arms]
+    known = [value for each in found for value in each.values if not np.isnan(value)]
+    if not known:
+        return None
+    metric = Metric(run, scores.name, scores.key, cases, found)
+    without = sum(int(np.isnan(each.values).sum()) for each in found)
+    unscored = without - sum(each.failed for each in found)
+    if unscored:
+        raise ValueError(
+            f"all images of {run.suite} must have a score by {scores.name}, got {unscored} "
+            f"without: run `core2 bench score --out {out}` with it"
+        )
+    floor = 0.0 if metric.is_share else min(known)
+    arms = [dataclasses.replace(e, values=np.nan_to_num(e.values, nan=floor)) for e in found]
+    return dataclasses.replace(metric, arms=arms)
+
+
+def _collect(out: Path, run: Run, entry: RunArm, scores: Scores, cases: Sequence[Case]) -> Measured:
+    """Return an arm's scores, nan where there is none."""
+    store = store_of(out, entry)
+    records, failures = store.records(), store.failures()
+    absent = sum(case.key not in records and case.key not in failures for case in cases)
+    if absent:
+        raise ValueError(
+            f"all images of the arm {entry.label} must be there, got {absent} of {len(cases)} "
+            f"missing: run `{entry.command}` again"
+        )
+    kept = [records.get(case.key) for case in cases]
+    found = [
+        scores.get(record.sha256, case.prompt) if record else None  # type: ignore[arg-type]
+        for record, case in zip(kept, cases, strict=True)
+    ]
+    values = np.array([one.value if one else np.nan for one in found])
+    return Measured(entry, values, [one.reason if one else "" for one in found], kept)
+
+
+def comparisons(metrics: Sequence[Metric]) -> list[Comparison]:
+    """Compare every arm of every metric with its reference, and correct for their number.
+
+    Reference:
+        Holm 1979, over arms, metrics and suites together.
+    """
+    found = [
+        _compare(metric, arm, reference)
+        for metric in metrics
+        for arm in metric.arms
+        for reference in metric.arms
+        if reference.entry in metric.run.references(arm.entry)
+    ]
+    counted = [each for each in found if not each.metric.is_meaningless]
+    corrected = iter(holm([each.p_value for each in counted]))
+    return [
+        each if each.metric.is_meaningless else dataclasses.replace(each, p_holm=next(corrected))
+        for each in found
+    ]
+
+
+def _compare(metric: Metric, arm: Measured, reference: Measured) -> Comparison:
+    change = arm.values - reference.values
+    clusters, strata = metric.clusters, metric.strata
+    return Comparison(
+        metric,
+        arm,
+        reference,
+        mean_estimate(change, clusters, strata),
+        sign_flip_p(change, clusters, strata),
+        win_rate(change, clusters, strata),
+        minimum_detectable_effect(change, clusters, strata),
+    )
+
+
+def value_rows(metric: Metric) -> list[list[Row]]:
+    """Return for each arm its score, and then its score on each task where there are several."""
+    tasks = list(dict.fromkeys(case.prompt.task for case in metric.cases))
+    rows = []
+    for arm in metric.arms:
+        own = [row_of(metric, arm, metric.name, metric.estimate(arm.values))]
+        for task in tasks if len(tasks) > 1 else ():
+            estimate = metric.estimate(arm.values, [task])
+            count = sum(case.prompt.task == task for case in metric.cases)
+            own.append(row_of(metric, arm, f"{metric.name}/{task}", estimate, count))
+        rows.append(own)
+    return rows
+
+
+def comparison_rows(found: Comparison) -> list[Row]:
+    """Return a comparison as rows: difference, p-values, win rates, detectable difference."""
+    metric, arm = found.metric, found.arm
+    against = found.reference.entry.arm.name
+    plain = {"p": found.p_value, "p_holm": found.p_holm, "detectable": found.detectable}
+    estimates = {
+        "minus": found.difference,
+        "win_rate_strict_over": found.wins.strict,
+        "win_rate_over": found.wins.half,
+    } | {
+        kind: Estimate(value, np.nan, np.nan) for kind, value in plain.items() if value is not None
+    }
+    return [
+        row_of(metric, arm, f"{metric.name}_{kind}_{against}", estimate)
+        for kind, estimate in estimates.items()
+    ]
+
+
+def row_of(
+    metric: Metric,
+    arm: Measured,
+    name: str,
+    estimate: Estimate,
+    n_images: int | None = None,
+) -> Row:
+    """Return one number of an arm as a row of a results table."""
+    own = arm.entry.arm
+    return Row(
+        family=str(metric.run.settings["family"]),
+        arm=own.name,
+        steps=own.steps,
+        guidance_scale=1.0 if own.mode == "cond" else own.guidance_scale,
+        nfe=arm.nfe,
+        n_images=len(arm.values) if n_images is None else n_images,
+        metric=name,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        command=arm.entry.command,
+    )

@@ -1,0 +1,137 @@
+"""A folder of generated images: plain PNG files, and manifests that say what each one is.
+
+An image counts when its line is in a manifest, which is written after the file. So a run that is
+killed loses at most what it was about to write, and writes it again. Every process has a manifest
+of its own; all of them are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from core2_sampler.benchmarks.geneval.aggregate import drop_torn_line
+from core2_sampler.benchmarks.study import Case
+from core2_sampler.trajectory import write_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One line of a manifest.
+
+    Attributes:
+        key: of the image's case: prompt id, prompt and seed.
+        prompt_id: the prompt's id.
+        prompt: the prompt.
+        seed: its seed.
+        file: name of the PNG file.
+        sha256: of that file.
+        nfe: denoiser evaluations, counted.
+        seconds: wall time of its batch, shared out over the images.
+    """
+
+    key: str
+    prompt_id: str
+    prompt: str
+    seed: int
+    file: str
+    sha256: str
+    nfe: float
+    seconds: float
+
+
+class ImageStore:
+    """The images of one arm.
+
+    Args:
+        folder: where they lie.
+        writer: number of the process; two that write at the same time need different ones.
+    """
+
+    def __init__(self, folder: Path, writer: int = 0) -> None:
+        self.folder, self.writer = folder, writer
+
+    def records(self) -> dict[str, ImageRecord]:
+        """Return what is there, by the key of its case."""
+        lines = _read_all(self.folder, "manifest")
+        return {line["key"]: ImageRecord(**line) for line in lines}
+
+    def failures(self) -> dict[str, str]:
+        """Return the error of each case that was tried and is not there, by its key."""
+        errors = {line["key"]: line["error"] for line in _read_all(self.folder, "failures")}
+        kept = self.records()
+        return {key: error for key, error in errors.items() if key not in kept}
+
+    def add(self, case: Case, image: Tensor, nfe: float, seconds: float) -> None:
+        """Keep an image [H, W, 3] uint8: first the file, then its line."""
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
+        data = buffer.getvalue()
+        prompt = case.prompt
+        file = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', prompt.id)[:80]}-{case.seed}-{case.key[:8]}.png"
+        write_atomic(self.folder / file, data, self.writer)
+        record = ImageRecord(
+            case.key, prompt.id, prompt.text, case.seed, file, digest_bytes(data), nfe, seconds
+        )
+        append_lines(self._path("manifest"), [asdict(record)])
+
+    def add_failure(self, case: Case, error: Exception) -> None:
+        """Note that a case was tried and failed; a later success outweighs it."""
+        text = f"{type(error).__name__}: {error}"
+        append_lines(self._path("failures"), [{"key": case.key, "error": text}])
+
+    def read(self, record: ImageRecord) -> Image.Image:
+        """Return an image.
+
+        Raises:
+            ValueError: if its file is gone or not the one that was written.
+        """
+        path = self.folder / record.file
+        data = path.read_bytes() if path.is_file() else b""
+        if digest_bytes(data) != record.sha256:
+            raise ValueError(
+                f"{path} must be the image that the manifest names, got "
+                f"{'another' if data else 'none'}: take its line out of the manifest and generate "
+                "it again"
+            )
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{kind}.{self.writer}.jsonl"
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the sha256 of bytes in hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add JSON lines to a file, durably; half a line that a killed writer left goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drop_torn_line(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of such a file; none if it is not there."""
+    data = path.read_bytes() if path.is_file() else b""
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def _read_all(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of all processes' files of a kind."""
+    return [line for path in sorted(folder.glob(f"{kind}.*.jsonl")) for line in read_lines(path)]

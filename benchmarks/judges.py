@@ -1,0 +1,141 @@
+"""Judges by name, loaded one at a time: scorers, GenEval, and tiny random models of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from core2_sampler.benchmarks.cache import digest
+from core2_sampler.benchmarks.scorers import SCORERS, T2ICOMPBENCH
+from core2_sampler.benchmarks.suites import SuitePrompt
+from core2_sampler.registry import unknown_name
+
+GENEVAL = "geneval"
+TINY = "tiny"
+"""Source of a random model, for machines without weights; its scores mean nothing."""
+
+SHARES = ("shapes", GENEVAL)
+"""Judges that say right or wrong: 1 or 0."""
+
+Score = Callable[[Sequence[Image.Image], Sequence[SuitePrompt]], list[tuple[float, str]]]
+"""Returns a score and a reason, perhaps empty, for each image with its prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A loaded judge.
+
+    Attributes:
+        name: as users call it, with the mark of a tiny one.
+        key: names everything that changes a score.
+        score: the judge itself.
+        by_meta: whether it reads what the suite says of a prompt, and not only its text.
+    """
+
+    name: str
+    key: str
+    score: Score
+    by_meta: bool = False
+
+    def asked(self, prompt: SuitePrompt) -> str:
+        """Return a hash of all that it reads of a prompt."""
+        return asked(prompt, self.by_meta)
+
+
+def asked(prompt: SuitePrompt, by_meta: bool) -> str:
+    """Return a hash of a prompt's text, and of what its suite says of it where that is read."""
+    return digest(prompt.text, dict(prompt.meta) if by_meta else None)
+
+
+def split_spec(text: str) -> tuple[str, str | None]:
+    """Read ``name`` or ``name=SOURCE``.
+
+    Raises:
+        ValueError: if there is no such scorer, or the source is empty.
+    """
+    name, equals, source = text.partition("=")
+    names = [*SCORERS.names(), GENEVAL]
+    if name not in names:
+        raise unknown_name("scorer", name, names)
+    if equals and not source:
+        raise ValueError(f"a scorer must be name or name=SOURCE, got {text!r}")
+    return name, source or None
+
+
+def judge_name(text: str) -> str:
+    """Return what reports call the judge of a spec."""
+    name, source = split_spec(text)
+    return f"{name}-{TINY}" if source == TINY else name
+
+
+def is_meaningless(name: str) -> bool:
+    """Tell whether a judge of this name is a random model."""
+    return name.endswith(f"-{TINY}")
+
+
+def judges_task(name: str, suite: str, task: str) -> bool:
+    """Tell whether a judge is the one for a task; T2I-CompBench has one for each category."""
+    plain = name.removesuffix(f"-{TINY}")
+    if suite != "t2icompbench" or plain not in T2ICOMPBENCH.values():
+        return True
+    return T2ICOMPBENCH.get(task) == plain
+
+
+def load_judge(
+    spec: str, prompts: Sequence[str], folder: Path, *, device: str, dtype: Any
+) -> Judge:
+    """Load a judge.
+
+    Args:
+        spec: ``name`` or ``name=SOURCE``; the source ``tiny`` makes a random model.
+        prompts: all that it will be asked, which one tiny model has to know beforehand.
+        folder: where tiny models are written.
+        device: of its model.
+        dtype: of its model's weights.
+
+    Raises:
+        ValueError: if there is no such scorer, or its weights are not to be had.
+        ModuleNotFoundError: if a package of the extra ``bench`` is missing.
+    """
+    name, source = split_spec(spec)
+    if name == GENEVAL:
+        return _load_geneval(judge_name(spec), source, device)
+    if source == TINY:
+        from core2_sampler.benchmarks.scorers.tiny import write_tiny
+
+        source = write_tiny(name, folder / name, sorted(set(prompts)))
+    scorer = SCORERS.get(name).load(source, device=device, dtype=dtype)
+
+    def score(images: Sequence[Image.Image], asked: Sequence[SuitePrompt]) -> Any:
+        values = scorer.score(images, [prompt.text for prompt in asked])
+        return [(float(value), "") for value in values]
+
+    return Judge(judge_name(spec), scorer.key, score)
+
+
+def _load_geneval(name: str, source: str | None, device: str) -> Judge:
+    """Load GenEval's judge; ``source`` is another detector's folder or hub id."""
+    from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
+    from core2_sampler.benchmarks.geneval.prompts import prompt_from_record
+
+    if source == TINY:
+        from core2_sampler.benchmarks.geneval.tiny import tiny_judge
+
+        judge = tiny_judge()
+    else:
+        from core2_sampler.benchmarks.geneval.color import load_colors
+        from core2_sampler.benchmarks.geneval.detect import DETECTOR, load_detector
+
+        detector = load_detector(source or DETECTOR, device=device)
+        judge = GenEvalJudge(detector, load_colors(device=device))
+
+    def score(images: Sequence[Image.Image], asked: Sequence[SuitePrompt]) -> Any:
+        wanted = [prompt_from_record(dict(p.meta), p.id.rsplit("/")[-1], p.id) for p in asked]
+        verdicts = [judge(image, prompt) for image, prompt in zip(images, wanted, strict=True)]
+        return [(float(verdict.correct), verdict.reason) for verdict in verdicts]
+
+    return Judge(name, judge.name, score, by_meta=True)

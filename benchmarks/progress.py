@@ -1,0 +1,43 @@
+"""A progress bar on stderr with the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Bar:
+    """One progress bar."""
+
+    progress: Any
+    task: Any
+    total: int
+
+    def advance(self, count: int) -> None:
+        """Move on by ``count``."""
+        self.progress.advance(self.task, count)
+
+    def add(self, count: int) -> None:
+        """Make the way longer by ``count``."""
+        self.total += count
+        self.progress.update(self.task, total=self.total)
+
+
+@contextmanager
+def progress_bar(name: str, total: int, shown: bool = True) -> Iterator[Bar]:
+    """Show a bar.
+
+    Args:
+        name: what it counts.
+        total: what it counts up to.
+        shown: False shows nothing, as in all processes but the first.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        yield Bar(progress, progress.add_task(name, total=total), total)

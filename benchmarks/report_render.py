@@ -1,0 +1,160 @@
+"""A report's sections, and what they look like in Markdown, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+.warning { background: #fdecea; border-left: 4px solid #c0392b; padding: .5rem 1rem }
+img { max-width: 100% }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table; the first column is text, the others are numbers."""
+
+    caption: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a report: its caption, media type such as ``image/png``, and file content."""
+
+    caption: str
+    kind: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of a report.
+
+    Attributes:
+        title: its heading.
+        warnings: what must not be overlooked.
+        notes: one sentence or fact each.
+        tables: its tables.
+        pictures: shown in HTML only.
+    """
+
+    title: str
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = field(default=())
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """Return a report as Markdown, without its pictures."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += [f"**{warning}**" for warning in section.warnings]
+        if section.notes:
+            parts.append("\n".join(f"- {note}" for note in section.notes))
+        for table in section.tables:
+            parts += [f"### {table.caption}", markdown_lines(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_lines(table: Table) -> str:
+    """Return a table's lines in Markdown."""
+    rule = ["---", *["---:"] * (len(table.head) - 1)]
+    lines = [table.head, rule, *table.lines]
+    return "\n".join(f"| {' | '.join(_cells(line, _pipe))} |" for line in lines)
+
+
+def latex(sections: Sequence[Section]) -> str:
+    """Return the tables of a report as LaTeX; they need the package booktabs."""
+    tables = [(section, table) for section in sections for table in section.tables]
+    return "\n".join(_latex_table(section, table) for section, table in tables)
+
+
+def _latex_table(section: Section, table: Table) -> str:
+    lines = [" & ".join(_cells(line, _tex)) + r" \\" for line in (table.head, *table.lines)]
+    columns = "l" + "r" * (len(table.head) - 1)
+    warnings = [_tex(warning) for warning in section.warnings]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{'. '.join([_tex(f'{section.title}: {table.caption}'), *warnings])}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def html_page(title: str, sections: Sequence[Section]) -> str:
+    """Return a report as one HTML page that needs no other file."""
+    name = html.escape(title)
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>',
+        f"<style>{_STYLE}</style><h1>{name}</h1>",
+        *map(_html_section, sections),
+        "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _html_section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    parts += [f'<p class="warning">{html.escape(text)}</p>' for text in section.warnings]
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
+    parts += [f"<ul>{items}</ul>"] if items else []
+    parts += [_html_table(table) for table in section.tables]
+    for picture in section.pictures:
+        caption = html.escape(picture.caption)
+        data = base64.b64encode(picture.data).decode()
+        source = f"data:{picture.kind};base64,{data}"
+        parts.append(f'<h3>{caption}</h3><img alt="{caption}" src="{source}">')
+    return "\n".join(parts)
+
+
+def _html_table(table: Table) -> str:
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in _cells(line, html.escape)) + "</tr>"
+        for tag, line in [("th", table.head), *(("td", line) for line in table.lines)]
+    ]
+    return f"<h3>{html.escape(table.caption)}</h3><table>{''.join(lines)}</table>"
+
+
+def _cells(line: Sequence[str], escape: Callable[[str], str]) -> list[str]:
+    return [escape(cell) for cell in line]
+
+
+def _pipe(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -1,0 +1,101 @@
+"""What the user asks to generate, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from core2_sampler.benchmarks.arms import SUITE_ARMS, Arm, build_arms
+from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
+from core2_sampler.benchmarks.judges import split_spec
+from core2_sampler.benchmarks.options import GenerateConfig
+from core2_sampler.benchmarks.presets import PRESETS, Preset
+from core2_sampler.benchmarks.shard import Shard
+from core2_sampler.benchmarks.suites import SuitePrompt, load
+from core2_sampler.config import ConfigError
+from core2_sampler.model_files import ModelFiles, find_model
+
+_STEPS = (28,)
+_SEEDS = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request to generate.
+
+    Attributes:
+        model: the model.
+        suite: name of the suite.
+        prompts: its prompts.
+        seeds: seeds of each prompt.
+        arms: each arm with the N and the scale that it was made for.
+        deviations: where the preset, if there is one, is not followed.
+    """
+
+    model: ModelFiles
+    suite: str
+    prompts: tuple[SuitePrompt, ...]
+    seeds: tuple[int, ...]
+    arms: tuple[tuple[Arm, int, float], ...]
+    deviations: tuple[str, ...]
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Turn the errors of checks inside the context into ConfigErrors: the input was wrong."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_request(config: GenerateConfig) -> Request:
+    """Check all that can be checked before weights are loaded.
+
+    Raises:
+        ConfigError: naming what must hold, what was given and what to do.
+    """
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"out must be a folder, got the file {config.out}")
+    with user_input():
+        preset = None if config.preset is None else PRESETS.get(config.preset)
+        Shard.parse(config.shard)
+    model = find_model(config.model)
+    steps, scale = config.steps, config.guidance_scale
+    limit = config.limit
+    if preset is not None:
+        steps = steps or (preset.steps[model.family],)
+        scale = scale or preset.guidance_scale[model.family]
+        limit = limit or preset.limit
+    scale = scale or model.guidance_scale
+    suite = config.suite or (preset.suite if preset else "shapes")
+    seeds = config.seeds or (preset.seeds if preset else _SEEDS)
+    heads = head_folders(config.heads, model)
+    names = available_arms(SUITE_ARMS, heads) if config.arms is None else config.arms
+    with user_input():
+        prompts = load(suite, config.source, limit=limit, skip_nsfw=config.skip_nsfw)
+        arms = tuple(
+            (arm, n, scale)
+            for n in dict.fromkeys(steps or _STEPS)
+            for arm in build_arms(names, n, scale, heads)
+        )
+    check_scales([arm for arm, _, _ in arms], model)
+    deviations = _deviations(config, preset)
+    return Request(model, suite, tuple(prompts), tuple(seeds), arms, deviations)
+
+
+def _deviations(config: GenerateConfig, preset: Preset | None) -> tuple[str, ...]:
+    """Return where a run does not follow its preset: by nature, and by the user's options."""
+    if preset is None:
+        return ()
+    names = ("suite", "limit", "steps", "guidance_scale", "seeds", "skip_nsfw")
+    given = [f"{name} given as {getattr(config, name)}" for name in names if getattr(config, name)]
+    return (*preset.deviations, *given)
+
+
+def check_scorers(specs: Sequence[str]) -> None:
+    """Raise ConfigError for a scorer that does not exist, before hours of generation."""
+    with user_input():
+        for spec in specs:
+            split_spec(spec)

@@ -1,0 +1,210 @@
+"""Images of a suite: there once, complete, paired, whatever fails or is killed in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from core2_sampler.benchmarks.arms import Arm
+from core2_sampler.benchmarks.generate import MAX_IN_A_ROW, fill_arm
+from core2_sampler.benchmarks.images import ImageStore, append_lines, digest_bytes, read_lines
+from core2_sampler.benchmarks.matching import match
+from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
+from core2_sampler.benchmarks.shard import Shard
+from core2_sampler.benchmarks.study import Study
+from core2_sampler.benchmarks.suites import load
+from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.weak_heads import HEADS
+
+CFG = Arm("cfg", "cfg", 2, 3.0)
+COND = Arm("cond", "cond", 2, 3.0)
+
+
+def make_study(folder: Path, *, prompts: int = 4, batch_size: int = 3, **changes: object) -> Study:
+    settings = {"pipe": tiny_sd3_pipeline(), "family": "sd3", "seeds": (0, 1)} | changes
+    chosen = tuple(load("shapes", limit=prompts))
+    return Study(prompts=chosen, folder=folder, batch_size=batch_size, **settings)
+
+
+@contextmanager
+def refusing(study: Study, *refused: int) -> Iterator[list[int]]:
+    """Let the denoiser fail on the initial latents of some cases; yields the rows it was given."""
+    latents = [torch.randn(4, 8, 8, generator=study.cases[i].generator()) for i in refused]
+    rows: list[int] = []
+
+    def look(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        x = kwargs["hidden_states"]
+        rows.append(len(x))
+        if any(torch.equal(row, bad) for row in x for bad in latents):
+            raise RuntimeError("out of memory")
+
+    handle = study.pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def test_images_are_those_of_the_stock_pipeline_under_the_hash_of_their_file(tmp_path):
+    """Truth: diffusers' own StableDiffusion3Pipeline, prompt by prompt."""
+    study = make_study(tmp_path, prompts=2)
+    done = fill_arm(study, CFG)
+    store = ImageStore(done.folder)
+    parts = {name: part for name, part in study.pipe.components.items() if name != "weak_head"}
+    stock = StableDiffusion3Pipeline(**parts)
+    stock.set_progress_bar_config(disable=True)
+    records = store.records()
+    assert (done.made, done.failed, len(records)) == (4, 0, 4)
+    for case in study.cases:
+        record = records[case.key]
+        assert (record.prompt_id, record.prompt) == (case.prompt.id, case.prompt.text)
+        assert (record.seed, record.nfe) == (case.seed, 4) and record.seconds > 0
+        assert digest_bytes((done.folder / record.file).read_bytes()) == record.sha256
+        wanted = stock(
+            case.prompt.text,
+            generator=case.generator(),
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        ).images[0]
+        difference = np.asarray(wanted).astype(int) - np.asarray(store.read(record)).astype(int)
+        assert np.abs(difference).max() <= 1  # float32 sums in another order
+
+
+def test_one_failing_image_costs_no_other_and_is_tried_again(tmp_path):
+    study = make_study(tmp_path)
+    with refusing(study, 4):
+        done = fill_arm(study, COND)
+    store = ImageStore(done.folder)
+    assert (done.made, done.failed) == (7, 1)
+    assert store.failures() == {study.cases[4].key: "RuntimeError: out of memory"}
+    with refusing(study) as rows:
+        again = fill_arm(study, COND)
+    assert (again.made, again.failed, rows) == (1, 0, [1, 1])
+    assert store.failures() == {} and len(store.records()) == 8
+
+
+def test_a_run_in_which_everything_fails_ends(tmp_path):
+    study = make_study(tmp_path, prompts=6)
+    with refusing(study, *range(12)), pytest.raises(RuntimeError, match="out of memory"):
+        fill_arm(study, COND)
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(ImageStore(folder).failures()) == MAX_IN_A_ROW
+
+
+def test_what_a_killed_run_leaves_is_neither_lost_nor_doubled(tmp_path):
+    study = make_study(tmp_path)
+    done = fill_arm(study, COND)
+    store = ImageStore(done.folder)
+    before = store.records()
+    manifest = done.folder / "manifest.0.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed within a line
+    (done.folder / before[study.cases[7].key].file).unlink()  # killed before the file
+    assert len(store.records()) == 5
+    again = fill_arm(study, COND)
+    assert again.made == 3
+    keys = [line["key"] for line in read_lines(manifest)]
+    assert sorted(keys) == sorted(before)
+    after = store.records()
+    assert {k: r.file for k, r in after.items()} == {k: r.file for k, r in before.items()}
+    assert len(list(done.folder.glob("*.png"))) == 8
+    for record in after.values():
+        store.read(record)
+
+
+def test_shards_share_the_work_and_make_the_same_images(tmp_path):
+    whole = fill_arm(make_study(tmp_path / "whole", batch_size=1), COND)
+    study = make_study(tmp_path / "parts", batch_size=1)
+    made = [fill_arm(study, COND, Shard(i, 3)).made for i in range(3)]
+    assert made == [3, 3, 2]
+    folder = tmp_path / "parts" / whole.folder.name
+    parts = ImageStore(folder).records()
+    assert {k: r.sha256 for k, r in parts.items()} == {
+        k: r.sha256 for k, r in ImageStore(whole.folder).records().items()
+    }
+    assert len(list(folder.glob("manifest.*.jsonl"))) == 3
+    assert fill_arm(study, COND).made == 0
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/2", "1", "a/b", "0/0", "1/2/3"])
+def test_a_shard_must_be_one_of_its_number(text):
+    with pytest.raises(ValueError, match="a shard must be i/n"):
+        Shard.parse(text)
+
+
+def test_shards_of_shards_are_every_item_once():
+    items = list(range(11))
+    nested = [Shard.parse(f"{i}/2").split(j, 3).of(items) for i in range(2) for j in range(3)]
+    assert sorted(item for part in nested for item in part) == items
+
+
+def test_an_image_that_was_changed_is_refused(tmp_path):
+    study = make_study(tmp_path, prompts=1)
+    done = fill_arm(study, COND)
+    store = ImageStore(done.folder)
+    record = store.records()[study.cases[0].key]
+    Image.new("RGB", (16, 16)).save(done.folder / record.file)
+    with pytest.raises(ValueError, match="must be the image that the manifest names, got another"):
+        store.read(record)
+
+
+def test_lines_without_an_end_are_not_read_and_go_with_the_next(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    append_lines(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    assert read_lines(path) == [{"a": 1}]
+    append_lines(path, [{"a": 3}, {"a": 4}])
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3, 4]
+
+
+def test_a_run_keeps_its_arms_and_what_made_their_images(tmp_path):
+    prompts = tuple(load("shapes", limit=2))
+    first = RunArm(CFG, 2, 3.0, "images/a", "first command", {"commit": "1"})
+    run = Run("shapes", prompts, (0, 1), {"family": "sd3", "model": "m"}, (first,))
+    write_run(tmp_path, run, [4])
+    second = RunArm(COND, 2, 3.0, "images/b", "second command", {"commit": "2"})
+    same = dataclasses.replace(first, command="second command")
+    write_run(tmp_path, dataclasses.replace(run, arms=(same, second)), [0, 4])
+    (read,) = read_runs(tmp_path)
+    assert read.arms == (first, second)
+    assert [case.key for case in read.cases] == [case.key for case in run.cases]
+    other = dataclasses.replace(first, folder="images/c")  # another head under the same name
+    write_run(tmp_path, dataclasses.replace(run, arms=(other,)), [0])
+    assert read_runs(tmp_path)[0].arms == (other, second)
+    assert read.references(second) == [first] and read.references(first) == []
+    write_run(tmp_path, dataclasses.replace(run, seeds=(0,)), [4])
+    assert len(read_runs(tmp_path)) == 2
+
+
+def test_a_folder_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="core2 bench generate"):
+        read_runs(tmp_path)
+
+
+def test_a_method_is_matched_by_what_its_runs_measure(tmp_path):
+    """Truth: zero-initialised, a head adds nothing, so slow steps at w2s w are CFG at
+    1 + w (s - 1) = 4 exactly, and its fast steps are cond, with nothing orthogonal."""
+    head = HEADS.get("tap").for_denoiser(tiny_sd3_pipeline().family.denoiser(tiny_sd3_pipeline()))
+    head.save_pretrained(tmp_path / "tap")
+    study = make_study(tmp_path / "out" / "images", prompts=2)
+    slow = Arm("slow", "core", 4, 3.0, str(tmp_path / "tap"), 4, 1.5)
+    fast = dataclasses.replace(slow, name="fast", slow_steps=0, w2s_scale=1.0)
+    wanted = {"slow": Arm("slow-matched", "cfg", 4, 4.0), "fast": Arm("fast-matched", "cond", 4, 1)}
+    for arm in (slow, fast):
+        folder = fill_arm(study, arm).folder
+        found = match(study, arm, folder, 3)
+        assert found.measured_on == 3 and found.orthogonal_share < 1e-3
+        assert found.arm(arm) == wanted[arm.name]
+        study.pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("run again"))
+        assert match(study, arm, folder, 3) == found
+        study.pipe.transformer._forward_pre_hooks.clear()

@@ -1,0 +1,318 @@
+"""Scores and reports: nothing scored twice, nothing dropped, every number as numpy has it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core2_sampler.benchmarks.arms import Arm
+from core2_sampler.benchmarks.compare import comparisons, measure
+from core2_sampler.benchmarks.export import export
+from core2_sampler.benchmarks.images import ImageStore, read_lines
+from core2_sampler.benchmarks.judges import (
+    Judge,
+    asked,
+    is_meaningless,
+    judge_name,
+    judges_task,
+    load_judge,
+    split_spec,
+)
+from core2_sampler.benchmarks.presets import PRESETS
+from core2_sampler.benchmarks.report_page import write_report
+from core2_sampler.benchmarks.report_render import Section, Table, html_page, latex, markdown
+from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
+from core2_sampler.benchmarks.scorers import SCORERS
+from core2_sampler.benchmarks.scores import open_scores, read_scores, score_tasks, tasks_of
+from core2_sampler.benchmarks.suites import SUITES, SuitePrompt, load
+
+DATA = {"commit": "abc", "device": "cpu", "versions": {"torch": "2"}}
+GENEVAL = {"tag": "counting", "include": [{"class": "kite", "count": 2}], "prompt": "two kites"}
+
+
+class Brightness:
+    """A judge whose scores can be told from the image: the first pixel's red."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[SuitePrompt]
+    ) -> list[tuple[float, str]]:
+        self.asked += len(images)
+        return [(float(image.getpixel((0, 0))[0]), "") for image in images]
+
+
+def make_run(
+    out: Path,
+    colors: dict[str, list[int | None]],
+    *,
+    suite: str = "drawbench",
+    prompts: int = 4,
+    seeds: tuple[int, ...] = (0, 1),
+    meta: dict[str, object] | None = None,
+    tasks: Sequence[str] = ("Colors", "Text"),
+) -> Run:
+    """Write a run whose images are plain: one red value an image, None for one that failed."""
+    chosen = tuple(
+        SuitePrompt(f"{suite}/{k:05d}", f"prompt {k}", tasks[k % len(tasks)], meta or {})
+        for k in range(prompts)
+    )
+    entries = []
+    for name in colors:
+        mode = "cfg" if name.startswith("cfg") else "cond"
+        arm = Arm(name, mode, 4, 3.0)
+        entries.append(RunArm(arm, 4, 3.0, f"images/{suite}-{name}", "core2 bench generate", DATA))
+    settings = {"family": "sd3", "model": "tiny"}
+    run = Run(suite, chosen, seeds, settings, tuple(entries))
+    for entry, values in zip(entries, colors.values(), strict=True):
+        store = ImageStore(out / entry.folder)
+        for case, value in zip(run.cases, values, strict=True):
+            if value is None:
+                store.add_failure(case, RuntimeError("no memory"))
+            else:
+                image = torch.full((8, 8, 3), value, dtype=torch.uint8)
+                image[1, 1, 0] = case.seed  # files of one color still differ
+                image[2, 2, 0] = int(case.prompt.id[-5:])
+                store.add(case, image, 8.0 if entry.arm.mode == "cfg" else 4.0, 0.5)
+    return write_run(out, run, [len(run.cases)] * len(entries))
+
+
+def score(out: Path, name: str = "imagereward", key: str = "k") -> Brightness:
+    look = Brightness()
+    judge = Judge(name, key, look)
+    tasks = tasks_of(out, read_runs(out), name)
+    score_tasks(tasks, judge, open_scores(out, judge), batch_size=3)
+    return look
+
+
+CFG_VALUES = [10, 20, 30, 40, 50, 60, 70, 80]
+COND_VALUES = [12, 24, 30, 40, 40, 60, 90, 80]
+
+
+def test_no_image_is_scored_twice_for_one_scorer_and_prompt(tmp_path):
+    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    # prompts 1 (both seeds), 2 (seed 1) and 3 (seed 1) have the same pixels in both arms
+    assert score(tmp_path).asked == 16 - 4
+    assert score(tmp_path).asked == 0
+    assert score(tmp_path, key="another").asked == 12
+    path = next((tmp_path / "scores").glob("*.jsonl"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed within a line
+    total = score(tmp_path).asked + score(tmp_path, key="another").asked
+    assert total == 1
+    assert len(read_lines(path)) == 12
+
+
+def test_numbers_are_those_of_numpy(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    score(tmp_path)
+    (found,) = comparisons([measure(tmp_path, run, read_scores(tmp_path)[0])])
+    change = np.subtract(COND_VALUES, CFG_VALUES).reshape(4, 2).mean(1)  # by prompt
+    assert found.difference.value == pytest.approx(change.mean())
+    assert (found.wins.wins, found.wins.ties, found.wins.losses) == (2, 1, 1)
+    assert (found.wins.strict.value, found.wins.half.value) == (0.5, 0.625)
+    z = 1.959964 + 0.841621  # two-sided 95 %, power 80 %
+    assert found.detectable == pytest.approx(z * change.std(ddof=1) / math.sqrt(4), rel=1e-5)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, -1).T
+    exact = np.mean(np.abs((signs * change).mean(1)) >= abs(change.mean()) - 1e-12)
+    assert found.p_value == found.p_holm == pytest.approx(exact)
+    assert (found.arm.nfe, found.arm.seconds) == (4.0, 0.5)
+
+
+def test_holm_counts_all_suites_but_no_random_judge(tmp_path):
+    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": [v + 1 for v in CFG_VALUES]}, suite="pickapic")
+    score(tmp_path)
+    score(tmp_path, name="aes-tiny")
+    metrics = [
+        measure(tmp_path, run, s) for run in read_runs(tmp_path) for s in read_scores(tmp_path)
+    ]
+    found = comparisons([metric for metric in metrics if metric is not None])
+    real = {each.metric.run.suite: each for each in found if each.p_holm is not None}
+    assert sorted(each.metric.name for each in found if each.p_holm is None) == ["aes-tiny"] * 2
+    small, large = sorted(real.values(), key=lambda each: each.p_value)
+    assert small.p_holm == pytest.approx(min(1, 2 * small.p_value))
+    assert large.p_holm == pytest.approx(max(small.p_holm, large.p_value))
+
+
+def test_a_failed_image_counts_as_the_worst_and_is_named(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": [None, *CFG_VALUES[1:]]})
+    score(tmp_path)
+    metric = measure(tmp_path, run, read_scores(tmp_path)[0])
+    cond = metric.arms[1]
+    assert (cond.failed, cond.values[0]) == (1, 10.0)  # the lowest of all is CFG's 10
+    score(tmp_path, name="geneval")
+    (shares,) = [s for s in read_scores(tmp_path) if s.name == "geneval"]
+    assert measure(tmp_path, run, shares).arms[1].values[0] == 0.0
+    text = write_report(tmp_path, sheet=2)
+    assert "1 images of cond, N = 4, scale 3 could not be generated." in text
+
+
+def test_what_is_missing_is_asked_for(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    with pytest.raises(ValueError, match="every run must have a score.*core2 bench score"):
+        write_report(tmp_path, sheet=0)
+    score(tmp_path)
+    manifest = tmp_path / run.arms[1].folder / "manifest.0.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[:6]))
+    with pytest.raises(ValueError, match="2 of 8 missing: run `core2 bench generate` again"):
+        write_report(tmp_path, sheet=0)
+    manifest.write_bytes(b"".join(lines))
+    path = next((tmp_path / "scores").glob("*.jsonl"))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
+    with pytest.raises(ValueError, match="must have a score by imagereward, got 3 without"):
+        write_report(tmp_path, sheet=0)
+
+
+def test_the_report_is_four_files_that_say_the_same(tmp_path):
+    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    score(tmp_path)
+    score(tmp_path, name="clipscore-tiny")
+    printed = write_report(tmp_path, sheet=2)
+    base = tmp_path / "report" / "report"
+    rows = json.loads(base.with_suffix(".json").read_text())
+    by_metric = {(row["arm"], row["metric"]): row for row in rows}
+    assert by_metric["cond", "imagereward"]["value"] == pytest.approx(np.mean(COND_VALUES))
+    assert by_metric["cond", "imagereward/Text"]["value"] == pytest.approx(
+        np.mean([30, 40, 90, 80])
+    )
+    assert by_metric["cond", "imagereward/Text"]["n_images"] == 4
+    assert by_metric["cond", "imagereward_minus_cfg"]["value"] == pytest.approx(2.0)
+    assert by_metric["cond", "imagereward_win_rate_strict_over_cfg"]["value"] == 0.5
+    assert by_metric["cfg", "imagereward"]["provenance"]["suite"] == "drawbench"
+    assert list(rows[0]) == [
+        *("family", "arm", "steps", "guidance_scale", "nfe", "n_images", "metric", "value"),
+        *("low", "high", "command", "provenance"),
+    ]
+    page = base.with_suffix(".md").read_text()
+    assert page.index("imagereward (decides)") < page.index("clipscore-tiny (MEANINGLESS)")
+    assert "not stated upstream" in page and "scores of clipscore-tiny come from random" in page
+    assert "| cond | 4 | 3 | cfg | imagereward | +2 [" in page and "+2 [" in printed
+    tex = base.with_suffix(".tex").read_text()
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 3
+    html = base.with_suffix(".html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert html.count("<img") == 2 * 2 + 2  # a plot and bars for each metric; best and worst
+
+
+def test_a_report_without_the_deciding_metric_says_so(tmp_path):
+    make_run(tmp_path, {"cond": COND_VALUES})
+    score(tmp_path, name="aes")
+    text = write_report(tmp_path, sheet=0)
+    assert "The metric that decides, imagereward, was not measured." in text
+    assert "Without an arm cfg at the same N and scale nothing is compared." in text
+
+
+def test_a_win_by_guidance_alone_is_a_warning(tmp_path):
+    """The method is 5 better than CFG on every prompt, and 0 or 5 than CFG that is matched."""
+    for name, matched in (("hollow", 5), ("real", 0)):
+        out = tmp_path / name
+        better = [v + 5 for v in CFG_VALUES]
+        values = {"cfg": CFG_VALUES, "own": better}
+        run = make_run(out, values | {"own-matched": [v + matched for v in CFG_VALUES]})
+        assert [e.arm.name for e in run.references(run.arms[1])] == ["cfg", "own-matched"]
+        assert run.references(run.arms[2]) == []
+        score(out)
+        write_report(out, sheet=0)
+        page = (out / "report" / "report.md").read_text()
+        only = "**GA-Eval on imagereward: own, N = 4, scale 3 beats default CFG (+5 [+5, +5]) and "
+        assert (only + "cannot be told from CFG at its own" in page) == (name == "hollow")
+        assert ("the gain is more than a change of guidance scale" in page) == (name == "real")
+
+
+def test_cells_are_escaped_in_every_format():
+    section = Section("a_b", ["50 %"], ["<i>"], [Table("c & d", ["x|y", "z"], [["<b>", "1_0"]])])
+    assert r"| x\|y | z |" in markdown("t", [section])
+    assert r"\caption{a\_b: c \& d. 50 \%}" in latex([section])
+    page = html_page("t", [section])
+    assert "&lt;b&gt;" in page and "<b>" not in page and "&lt;i&gt;" in page
+
+
+def test_the_last_used_of_two_judges_of_one_name_counts(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES})
+    score(tmp_path, key="old")
+    score(tmp_path, key="new")
+    assert [measure(tmp_path, run, s).key for s in read_scores(tmp_path)] == ["new"]
+    score(tmp_path, key="old")
+    assert [s.key for s in read_scores(tmp_path)] == ["old"]
+
+
+def test_specs_of_judges():
+    assert split_spec("plugin=judge --scale=2") == ("plugin", "judge --scale=2")
+    assert judge_name("pickscore=tiny") == "pickscore-tiny" and is_meaningless("geneval-tiny")
+    assert judge_name("pickscore=./tiny") == "pickscore"
+    for text, message in (("pikscore", "did you mean 'pickscore'"), ("aes=", "name=SOURCE")):
+        with pytest.raises(ValueError, match=message):
+            split_spec(text)
+    assert judges_task("blipvqa-tiny", "t2icompbench", "color")
+    assert not judges_task("blipvqa", "t2icompbench", "non_spatial")
+    assert judges_task("blipvqa", "drawbench", "Colors")
+    prompt = SuitePrompt("a", "text", "t", {"x": 1})
+    assert asked(prompt, True) != asked(prompt, False)
+
+
+def test_tiny_geneval_judges_by_what_the_suite_says(tmp_path):
+    run = make_run(tmp_path, {"cfg": [100, 200]}, suite="geneval", prompts=1, meta=GENEVAL)
+    judge = load_judge("geneval=tiny", [], tmp_path, device="cpu", dtype=torch.float32)
+    tasks = tasks_of(tmp_path, [run], judge.name)
+    scores = open_scores(tmp_path, judge)
+    assert score_tasks(tasks, judge, scores, batch_size=2) == 2
+    found = scores.get(tasks[0].record.sha256, tasks[0].prompt)
+    assert found.value in (0.0, 1.0) and bool(found.reason) == (found.value == 0.0)
+    assert measure(tmp_path, run, scores).is_meaningless
+    with pytest.raises(ValueError, match="unknown GenEval object"):
+        judge.score([Image.new("RGB", (64, 64))], load("shapes", limit=1))
+
+
+@pytest.mark.parametrize("name", PRESETS.names())
+def test_presets_name_what_exists(name):
+    preset = PRESETS.get(name)
+    suite = SUITES.get(preset.suite)
+    assert suite.primary in preset.scorers
+    assert all(s == "geneval" or SCORERS.get(s) for s in preset.scorers)
+    assert set(preset.steps) == set(preset.guidance_scale) == {"sd3", "sdxl", "flux"}
+    assert preset.limit is None or preset.limit <= suite.size
+    assert preset.deviations
+
+
+def test_export_gives_the_official_names(tmp_path):
+    """Truth: the layouts as upstream evaluators read them (reference of each project)."""
+    make_run(tmp_path, {"cfg": [1, 2]}, suite="geneval", prompts=1, meta=GENEVAL)
+    make_run(tmp_path, {"cfg": list(range(8))}, suite="t2icompbench", tasks=("color", "shape"))
+    one = {"cfg": list(range(4))}
+    make_run(tmp_path, one, suite="hpdv2", seeds=(0,), tasks=("anime", "photo"))
+    names = {}
+    for layout in ("geneval", "t2icompbench", "hpsv2"):
+        ((folder, count),) = export(tmp_path, read_runs(tmp_path), layout, tmp_path / layout)
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        names[layout] = [str(file) for file in files]
+        assert count == {"geneval": 2, "t2icompbench": 8, "hpsv2": 4}[layout]
+    assert names["geneval"] == [
+        "00000/metadata.jsonl",
+        "00000/samples/00000.png",
+        "00000/samples/00001.png",
+    ]
+    assert names["t2icompbench"][:3] == [
+        "color/samples/prompt 0_000000.png",
+        "color/samples/prompt 0_000001.png",
+        "color/samples/prompt 2_000002.png",
+    ]
+    assert names["hpsv2"] == [f"{s}/0000{k}.jpg" for s in ("anime", "photo") for k in (0, 1)]
+
+
+def test_export_refuses_what_an_evaluator_would_misread(tmp_path):
+    make_run(tmp_path, {"cfg": list(range(8))}, suite="hpdv2")
+    with pytest.raises(ValueError, match="one image a prompt"):
+        export(tmp_path, read_runs(tmp_path), "hpsv2", tmp_path / "to")
+    with pytest.raises(ValueError, match="must have a run of the suite geneval"):
+        export(tmp_path, read_runs(tmp_path), "geneval", tmp_path / "to")

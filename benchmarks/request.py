@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core2_sampler.benchmarks.arms import SUITE_ARMS, Arm, build_arms
@@ -13,7 +12,7 @@ from core2_sampler.benchmarks.options import GenerateConfig
 from core2_sampler.benchmarks.presets import PRESETS, Preset
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.suites import SuitePrompt, load
-from core2_sampler.config import ConfigError
+from core2_sampler.config import ConfigError, user_input
 from core2_sampler.model_files import ModelFiles, find_model
 
 _STEPS = (28,)
@@ -39,15 +38,6 @@ class Request:
     seeds: tuple[int, ...]
     arms: tuple[tuple[Arm, int, float], ...]
     deviations: tuple[str, ...]
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Turn the errors of checks inside the context into ConfigErrors: the input was wrong."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def check_request(config: GenerateConfig) -> Request:

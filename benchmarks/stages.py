@@ -17,13 +17,14 @@ from core2_sampler.benchmarks.matching import match
 from core2_sampler.benchmarks.options import GenerateConfig, Judging
 from core2_sampler.benchmarks.progress import progress_bar
 from core2_sampler.benchmarks.report import provenance
-from core2_sampler.benchmarks.request import Request, check_scorers, user_input
+from core2_sampler.benchmarks.request import Request, check_scorers
 from core2_sampler.benchmarks.runner import check_arm
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scores import open_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.study import Study
 from core2_sampler.benchmarks.suites import SUITES
+from core2_sampler.config import user_input
 from core2_sampler.info import pick_device
 from core2_sampler.pipelines.auto import load_pipeline
 from core2_sampler.registry import unknown_name
@@ -111,7 +112,7 @@ def _open_study(config: GenerateConfig, request: Request, device: str) -> Study:
         folder=config.out / "images",
         batch_size=config.batch_size,
         dtype=config.dtype,
-        max_sequence_length=config.max_sequence_length or request.model.tokens,
+        max_sequence_length=request.model.check_tokens(config.max_sequence_length),
     )
 
 

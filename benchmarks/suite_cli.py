@@ -13,8 +13,8 @@ from core2_sampler.benchmarks.options import (
     command_line,
 )
 from core2_sampler.benchmarks.presets import PRESETS
-from core2_sampler.benchmarks.request import check_request, check_scorers, user_input
-from core2_sampler.config import ConfigError
+from core2_sampler.benchmarks.request import check_request, check_scorers
+from core2_sampler.config import ConfigError, user_input
 
 
 def bench_generate(config: GenerateConfig) -> None:

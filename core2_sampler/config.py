@@ -13,7 +13,8 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -26,6 +27,15 @@ Config = TypeVar("Config")
 
 class ConfigError(ValueError):
     """The user's input is wrong; the command line shows the text as one line and exits with 2."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Turn the errors of checks inside the context into ConfigErrors: the input was wrong."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **metadata: Any) -> Any:

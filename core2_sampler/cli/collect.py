@@ -10,9 +10,9 @@ import typer
 
 from core2_sampler.cli.launch import launched_on_cpu, start_missing_processes
 from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
-from core2_sampler.cli.options import add_command, user_input
+from core2_sampler.cli.options import add_command
 from core2_sampler.collect import CollectConfig
-from core2_sampler.config import ConfigError, option
+from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 
 PROMPTS_HELP = "A text file with one prompt a line, or `shapes`: training captions of that world."

@@ -10,8 +10,8 @@ from typing import Literal
 import typer
 
 from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
-from core2_sampler.cli.options import add_command, user_input
-from core2_sampler.config import ConfigError, option
+from core2_sampler.cli.options import add_command
+from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 from core2_sampler.plan import PRESETS, Core2Config, Plan
 

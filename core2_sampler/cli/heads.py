@@ -8,8 +8,8 @@ from pathlib import Path
 
 import typer
 
-from core2_sampler.cli.options import add_command, user_input
-from core2_sampler.config import ConfigError, option
+from core2_sampler.cli.options import add_command
+from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import EMBEDDED, UNTRAINED, find_head, find_model
 
 app = typer.Typer(

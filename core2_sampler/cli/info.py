@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from core2_sampler.cli.options import user_input
-from core2_sampler.config import ConfigError
+from core2_sampler.config import ConfigError, user_input
 from core2_sampler.model_files import EMBEDDED, ModelFiles, find_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from core2_sampler.cli.options import user_input
-from core2_sampler.config import ConfigError
+from core2_sampler.config import ConfigError, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -52,15 +51,6 @@ def add_command(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name, help=inspect.getdoc(run))(command)
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Turn the errors of checks inside the context into ConfigErrors: the input was wrong."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def find_recipe(name: str) -> Path:

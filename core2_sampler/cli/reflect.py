@@ -12,8 +12,8 @@ import typer
 
 from core2_sampler.cli.collect import PROMPTS_HELP, read_prompts
 from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
-from core2_sampler.cli.options import add_command, user_input
-from core2_sampler.config import ConfigError, option
+from core2_sampler.cli.options import add_command
+from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.reflect import ReflectConfig
 

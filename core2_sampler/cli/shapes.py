@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from core2_sampler.cli.loading import DEVICE_HELP
-from core2_sampler.cli.options import add_command, user_input
-from core2_sampler.config import ConfigError, option
+from core2_sampler.cli.options import add_command
+from core2_sampler.config import ConfigError, option, user_input
 
 if TYPE_CHECKING:
     from core2_sampler.shapes.world import Prompt

@@ -11,9 +11,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from core2_sampler.guidance import Prompts
-from core2_sampler.pipelines.loop import map_tensors
+from core2_sampler.pipelines.loop import map_tensors, reads_negative
 from core2_sampler.plan import Plan
 from core2_sampler.types import Conditioning
+from core2_sampler.weak_heads.base import WeakHead
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +43,27 @@ def count_images(call: SimpleNamespace) -> int:
     return prompts * call.num_images_per_prompt
 
 
-def wants_uncond(call: SimpleNamespace, plan: Plan, negatives: Sequence[str]) -> bool:
-    """Say whether the negative prompt is to be encoded: not where no step and no callback reads it.
+def wants_uncond(
+    call: SimpleNamespace, plan: Plan, head: WeakHead | None, negatives: Sequence[str]
+) -> bool:
+    """Say whether the negative prompt is to be encoded: not where nothing reads it.
+
+    What may read it are the steps, a callback and the head.
 
     Args:
         call: the call's arguments; a warning is logged if a negative prompt has no effect.
         plan: of the run to come.
+        head: the pipeline's weak head.
         negatives: names of the arguments that are negative prompts.
     """
     wanted = set(call.callback_on_step_end_tensor_inputs or ()) - {"latents"}
     watched = call.callback_on_step_end is not None and bool(wanted)
     guided = max(step.guidance_scale for step in plan.steps) > 1
     given = [name for name in negatives if getattr(call, name)]
-    if guided and given and not plan.needs_uncond:
+    needed = reads_negative(head, plan)
+    if guided and given and not needed:
         logger.warning("no step of the plan runs %s: it has no effect", given[0])
-    return guided and (plan.needs_uncond or watched)
+    return guided and (needed or watched)
 
 
 def check_rows(prompt_embeds: Tensor, batch: int) -> None:

@@ -35,7 +35,7 @@ from core2_sampler.pipelines.flux_call import (
     fill_negatives,
     latent_size,
 )
-from core2_sampler.pipelines.loop import Run, check_head
+from core2_sampler.pipelines.loop import Run, check_head, reads_negative
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
@@ -115,7 +115,8 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         With `core2`, a ``true_cfg_scale`` above 1 asks for guidance: where no negative prompt is
         given it is the empty one (the stock call would run without CFG). At 1 or less every step
         is one pass with the prompt. Callbacks see the stock tensors, latents packed; a
-        ``pipe._true_cfg_scale`` that one sets holds from the next step on.
+        ``pipe._true_cfg_scale`` that one sets holds from the next step on, and stops the run where
+        the head was not made for it.
 
         Args:
             *args: the stock call's, in its order.
@@ -130,9 +131,9 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing or of
-                another model, the transformer's cache does not fit the steps, or an argument has
-                no meaning together with another.
+            ValueError: the config does not fit the number of steps, the head is missing, of
+                another model or not made for the scale, the transformer's cache does not fit the
+                steps, or an argument has no meaning together with another.
             RuntimeError: the latents became nan or inf.
         """
         self._core2_plan = None
@@ -188,10 +189,10 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
     ) -> tuple[Tensor, Callable[[Mapping[str, Tensor]], Prompts]]:
         """Return the prompt's embeddings, and what makes both sides of them once they are edited.
 
-        The second side is left out where no step reads it; no callback ever sees it.
+        The second side is left out where no step and no head reads it; no callback ever sees it.
         """
         embeds, pooled = self._encode_prompt(call, "")
-        paired, second = plan.needs_uncond, call.weak_guidance
+        paired, second = reads_negative(self.weak_head, plan), call.weak_guidance
         negative = self._encode_prompt(call, "negative_") if paired and second is None else None
         if negative is not None and negative[0].shape != embeds.shape:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from core2_sampler.pipelines.adapters.flux import square_size
 from core2_sampler.pipelines.calls import check_steps, count_images
+from core2_sampler.pipelines.loop import reads_negative
 from core2_sampler.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def fill_negatives(pipe: Any, call: SimpleNamespace, plan: Plan) -> None:
     """
     given = [name for name in _NEGATIVE_PROMPTS if getattr(call, name)]
     given += ["weak_guidance"] * (call.weak_guidance is not None)
-    if not plan.needs_uncond:
+    if not reads_negative(pipe.weak_head, plan):
         if given:
             logger.warning("no step of the plan runs %s: it has no effect", given[0])
         return

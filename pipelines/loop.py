@@ -16,7 +16,7 @@ from core2_sampler.guidance import Adjust, Prompts, make_predict
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.plan import Plan
 from core2_sampler.samplers import sample_scheduler
-from core2_sampler.types import Denoiser, OnStep, Predict
+from core2_sampler.types import Conditioning, Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
 
 
@@ -33,6 +33,7 @@ class Run:
             prompt's rows first where it is encoded.
         split: makes (cond, uncond) of `embeds`; uncond None where only the prompt's rows are left.
         adjust: see `make_predict`.
+        empty: the empty prompt, for a head that reads it in place of the negative prompt.
         finite: whether the latents were finite after each step, [N], on the latents' device.
     """
 
@@ -43,6 +44,7 @@ class Run:
     embeds: dict[str, Tensor]
     split: Callable[[Mapping[str, Tensor]], Prompts]
     adjust: Adjust | None = None
+    empty: Conditioning | None = None
     finite: Tensor = field(init=False)
     _paired: bool = field(init=False)
     _prompts: tuple[dict[str, Tensor], Prompts] | None = None
@@ -99,6 +101,18 @@ def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
                     pass
 
 
+def reads_negative(head: WeakHead | None, plan: Plan) -> bool:
+    """Say whether the call's negative prompt is to be encoded: a step runs it or the head reads it.
+
+    Args:
+        head: the pipeline's weak head.
+        plan: of the run to come.
+    """
+    return plan.needs_uncond or (
+        plan.needs_head and head is not None and head.needs_negative == "call"
+    )
+
+
 def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
     """Sample: in closed form where the scheduler has one, else by its own ``step``.
 
@@ -131,6 +145,8 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         conditioning=prompts,
         adjust=run.adjust,
     )
+    if head is not None:
+        head.begin(schedule.sigmas[: len(run.plan)].tolist(), run.empty or run.prompts()[1])
     attached: Any = head.attached(denoiser.module) if head and head.in_model else nullcontext()
     with attached, pipe.progress_bar(total=schedule.num_steps) as bar:
 

@@ -150,6 +150,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
 
         Callbacks see the stock tensors. A guidance scale that a callback sets holds from the next
         step on, and 1 or less turns guidance off; so does leaving only the prompt's embeddings.
+        A scale that the head was not made for stops the run.
 
         Args:
             *args: the stock call's, in its order.
@@ -162,8 +163,9 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing or of
-                another model, or an argument has no meaning together with `core2`.
+            ValueError: the config does not fit the number of steps, the head is missing, of
+                another model or not made for the scale, or an argument has no meaning together
+                with `core2`.
             RuntimeError: the latents became nan or inf.
         """
         self._core2_plan = None
@@ -232,7 +234,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
 
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
         """Return the embeddings in the stock layout, by the names that callbacks know."""
-        paired = wants_uncond(call, plan, _NEGATIVES)
+        paired = wants_uncond(call, plan, self.weak_head, _NEGATIVES)
         scale = (call.joint_attention_kwargs or {}).get("scale")
         embeds, negative, pooled, negative_pooled = self.encode_prompt(
             **{name: getattr(call, name) for name in _ENCODED},

@@ -98,6 +98,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
 
         Callbacks see the stock tensors. A guidance scale that a callback sets holds from the next
         step on, and 1 or less turns guidance off; so does leaving only the prompt's embeddings.
+        A scale that the head was not made for stops the run.
         A network with an embedded guidance scale takes it there, and every step is one pass.
 
         Where sizes of the negative prompt are given, every image gets them for its negative pass
@@ -114,8 +115,9 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing or of
-                another model, or an argument has no meaning together with `core2`.
+            ValueError: the config does not fit the number of steps, the head is missing, of
+                another model or not made for the scale, or an argument has no meaning together
+                with `core2`.
             RuntimeError: the latents became nan or inf.
         """
         self._core2_plan = None
@@ -191,7 +193,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
 
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
         """Return the embeddings in the stock layout, by the names that callbacks know."""
-        paired = call.guided and wants_uncond(call, plan, NEGATIVES)
+        paired = call.guided and wants_uncond(call, plan, self.weak_head, NEGATIVES)
         embeds, negative, pooled, negative_pooled = self.encode_prompt(
             **{name: getattr(call, name) for name in ENCODED},
             do_classifier_free_guidance=paired,

@@ -17,7 +17,7 @@ from diffusers.pipelines import auto_pipeline
 from core2_sampler.pipelines.adapters.base import Family
 from core2_sampler.pipelines.loop import run_loop
 from core2_sampler.plan import Core2Config, Plan
-from core2_sampler.types import Denoiser
+from core2_sampler.types import Conditioning, Denoiser
 
 
 def with_core2(stock_call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -161,10 +161,18 @@ class CoRe2Mixin:
         pipe: Any = self
         run = pipe._prepare(call, config)
         self._core2_plan = run.plan
+        if run.plan.needs_head and pipe.weak_head.needs_negative == "empty":
+            run.empty = self._encode_empty(call)
         latents = run_loop(self, run, self._denoiser())
         image = latents if call.output_type == "latent" else pipe._decode(latents, call.output_type)
         pipe.maybe_free_model_hooks()
         return image
+
+    def _encode_empty(self, call: SimpleNamespace) -> Conditioning:
+        """Return the empty prompt, one row, of as many tokens as the call's."""
+        lengths = {k: v for k, v in vars(call).items() if k == "max_sequence_length"}
+        encode: Any = self.family.encode
+        return encode(self, [""], [""], **lengths)[1]
 
     def _denoiser(self) -> Denoiser:
         return self.family.denoiser(self)

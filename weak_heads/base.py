@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from core2_sampler.types import Denoiser
+from core2_sampler.types import Conditioning, Denoiser
+
+_SDXL_SIZE_IDS = 6
+"""Original size, crop and target size, which stand beside the pooled embedding."""
 
 
 class WeakHead(ModelMixin, ConfigMixin):
@@ -49,6 +53,22 @@ class WeakHead(ModelMixin, ConfigMixin):
         """Return the arguments of the constructor that follow from the denoiser."""
         return {"family": denoiser.family, "latent_channels": denoiser.latent_channels}
 
+    @property
+    def needs_negative(self) -> Literal["call", "empty"] | None:
+        """The negative prompt that `begin` must give: the call's own, or the empty one always.
+
+        It is encoded even where no step runs it.
+        """
+        return None
+
+    def begin(self, sigmas: Sequence[float], negative: Conditioning | None) -> None:
+        """Learn what run is to come; pipelines call it once, before the first step.
+
+        Args:
+            sigmas: noise levels, [N] without the final one.
+            negative: the negative prompt of `needs_negative`, B rows or 1.
+        """
+
     def reset(self) -> None:
         """Forget what an earlier run left behind."""
 
@@ -70,6 +90,18 @@ class WeakHead(ModelMixin, ConfigMixin):
                 f"latents must have {self.config.latent_channels} channels for this "
                 f"{type(self).__name__}, got {channels}: use the head of this model"
             )
+
+
+def sdxl_pooled_dim(config: Any) -> int:
+    """Return the width of the pooled prompt embedding that a UNet in the SDXL layout takes.
+
+    Args:
+        config: of the network.
+    """
+    return (
+        config.projection_class_embeddings_input_dim
+        - _SDXL_SIZE_IDS * config.addition_time_embed_dim
+    )
 
 
 def network_config(denoiser: Denoiser) -> Any:

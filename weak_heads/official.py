@@ -8,7 +8,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core2_sampler.precision import wide
-from core2_sampler.types import Denoiser
-from core2_sampler.weak_heads.base import WeakHead, network_config
+from core2_sampler.types import Conditioning, Denoiser
+from core2_sampler.weak_heads.base import WeakHead, network_config, sdxl_pooled_dim
 from core2_sampler.weak_heads.official_net import (
     HEAD_DIM,
     MAX_LAYERS,
@@ -39,14 +39,14 @@ class OfficialHead(WeakHead):
     takes H itself whatever the guidance scale.
 
     The prompt enters by the singular value decomposition of its tokens together with those of the
-    negative prompt, which `set_negative` gives; the latents ``x`` do not enter. The noise level
-    only chooses the LoRA. With ``upstream`` the numbers are those of the released code, whose
-    decomposition takes rows for columns; the weights were most likely trained on that, and which
-    of both they serve better has not been measured.
+    negative prompt, which `begin` or `set_negative` gives; the latents ``x`` do not enter. The
+    noise level only chooses the LoRA. With ``upstream`` the numbers are those of the released
+    code, whose decomposition takes rows for columns; the weights were most likely trained on that,
+    and which of both they serve better has not been measured.
 
     A head built here (``released`` False) adds the network's zero-initialised output to cond
-    instead, so that untrained it means cond, takes zeros for the negative prompt unless it is
-    given, and fills up shorter prompts with zeros.
+    instead, so that untrained it means cond, asks for no negative prompt but takes zeros, and fills
+    up shorter prompts with zeros.
     """
 
     @register_to_config
@@ -109,9 +109,7 @@ class OfficialHead(WeakHead):
         if denoiser.family == "sd3":
             text_dim, pooled_dim = config.joint_attention_dim, config.pooled_projection_dim
         else:
-            text_dim = config.cross_attention_dim
-            times = 6 * config.addition_time_embed_dim  # sizes and crops stand beside the pooled
-            pooled_dim = config.projection_class_embeddings_input_dim - times
+            text_dim, pooled_dim = config.cross_attention_dim, sdxl_pooled_dim(config)
         num_heads = max(1, min(24, text_dim // HEAD_DIM))  # no wider than the prompt
         return super().fit_config(denoiser) | {
             "text_dim": text_dim,
@@ -129,15 +127,28 @@ class OfficialHead(WeakHead):
         """Guidance scale of z-core's last evaluation; None is the call's own."""
         return release_of(self.config.family).z_core_scale if self.config.upstream else None
 
+    @property
+    def needs_negative(self) -> Literal["call", "empty"] | None:
+        """As the released code: SD3.5 always the empty prompt, SDXL the one of the call."""
+        if not self.config.released:
+            return None
+        return "empty" if self.config.family == "sd3" else "call"
+
+    def begin(self, sigmas: Sequence[float], negative: Conditioning | None) -> None:
+        """Take the noise levels and the negative prompt of the run to come."""
+        self.reset()
+        self.set_schedule(sigmas)
+        if self.needs_negative is None or negative is None:
+            self._negative = None
+        else:
+            self.set_negative(negative.prompt_embeds, negative.pooled)
+
     def reset(self) -> None:
         """Forget the prompt of an earlier run."""
         self._factors = None
 
     def set_negative(self, prompt_embeds: Tensor, pooled: Tensor) -> None:
-        """Give the encoded negative prompt of all runs to come.
-
-        The released SD3.5 head always has the empty prompt here, the SDXL head the one of the
-        call, and zeros where there is none.
+        """Give the encoded negative prompt of the runs to come, up to the next `begin`.
 
         Args:
             prompt_embeds: token embeddings, [B, T, D] or [1, T, D].
@@ -146,7 +157,7 @@ class OfficialHead(WeakHead):
         self._negative, self._factors = (prompt_embeds, pooled), None
 
     def set_schedule(self, sigmas: Sequence[float]) -> None:
-        """Give the noise levels of the runs to come, [N] without the final one.
+        """Give the noise levels of the runs to come, [N] without the final one, up to `begin`.
 
         With ``upstream``, the released code's slot of step i of N is taken where the noise level
         is nearest to that step's. Otherwise it has no effect: a noise level has one slot.

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core2_sampler.types import Denoiser
-from core2_sampler.weak_heads.base import WeakHead, network_config
+from core2_sampler.weak_heads.base import WeakHead, network_config, sdxl_pooled_dim
 
 _SIGMA_WIDTH = 128
 _PATCH = 2  # latents a side behind a token of FLUX and of SDXL, whose denoisers make the tokens
-_SDXL_SIZE_IDS = 6  # original size, crop and target size; the rest of the input is pooled
 
 
 class TapHead(WeakHead):
@@ -136,10 +135,9 @@ def _token_layout(config: Any) -> dict[str, int]:
             "a UNet must take a pooled prompt embedding (addition_embed_type text_time), got "
             f"{config.addition_embed_type}: use the adapter head"
         )
-    size_ids = _SDXL_SIZE_IDS * config.addition_time_embed_dim
     return {
         "feature_dim": config.block_out_channels[0] * _PATCH**2,
-        "pooled_dim": config.projection_class_embeddings_input_dim - size_ids,
+        "pooled_dim": sdxl_pooled_dim(config),
         "patch_size": _PATCH,
     }
 

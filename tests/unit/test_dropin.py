@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import numpy as np
@@ -29,7 +29,7 @@ from PIL import Image
 from core2_sampler import testing
 from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.auto import PIPELINES
-from core2_sampler.plan import Core2Config
+from core2_sampler.plan import PRESETS, Core2Config
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.controls import CondHead
 from core2_sampler.weak_heads.tap import TapHead
@@ -50,9 +50,13 @@ class Case:
         network: the denoiser's component.
         kwargs: the stock argument that goes to the attention layers.
         names: what callbacks may ask for.
-        cutoff: diffusers' callback that turns guidance off.
+        cutoff: diffusers' callback that turns guidance off, if it has one for the family.
+        scale: the stock argument that is the scale of classifier-free guidance.
+        negative: the negative prompt that the stock call must have to guide at all.
+        own: arguments of our call beside the stock ones.
         options: arguments that keep the tiny model quick.
         missing: components that the tiny model lacks and a stock loader wants to know of.
+        lacks: what the stock class has not, by feature or test, and why.
     """
 
     name: str
@@ -60,9 +64,19 @@ class Case:
     network: str
     kwargs: str
     names: tuple[str, ...]
-    cutoff: type
+    cutoff: type | None = None
+    scale: str = "guidance_scale"
+    negative: str | None = None
+    own: tuple[str, ...] = ("core2",)
     options: dict = field(default_factory=dict)
     missing: dict = field(default_factory=dict)
+    lacks: dict = field(default_factory=dict)
+
+    def needs(self, *wanted):
+        """Skip a test of what the stock class has not."""
+        for name in wanted:
+            if name in self.lacks:
+                pytest.skip(self.lacks[name])
 
     @property
     def stock_class(self):
@@ -80,16 +94,20 @@ class Case:
         stock.set_progress_bar_config(disable=True)
         return stock
 
-    def sample(self, pipe, seeds=(1, 2), **options):
+    def sample(self, pipe, seeds=(1, 2), guidance_scale=SCALE, **options):
         defaults = {
             "num_inference_steps": 5,
-            "guidance_scale": SCALE,
+            self.scale: guidance_scale,
             "output_type": "latent",
             "generator": [torch.Generator().manual_seed(s) for s in seeds],
             **self.options,
         }
         if "prompt_embeds" not in options:
             defaults["prompt"] = PROMPTS[: len(seeds)]
+            if self.negative is not None:
+                prompt = options.get("prompt", defaults["prompt"])
+                count = 1 if isinstance(prompt, str) else len(prompt)
+                defaults["negative_prompt"] = [self.negative] * count
         return pipe(**{**defaults, **options}).images
 
     def with_head(self, head_class, **options):
@@ -123,6 +141,23 @@ CASES = [
         "cross_attention_kwargs",
         ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids"),
         SDXLCFGCutoffCallback,
+    ),
+    Case(
+        "flux",
+        "FluxPipeline",
+        "transformer",
+        "joint_attention_kwargs",
+        ("latents", "prompt_embeds"),
+        scale="true_cfg_scale",
+        negative="dark",
+        own=("core2", "weak_guidance"),
+        options={"max_sequence_length": 8, "height": 16, "width": 16},
+        lacks={
+            "clip_skip": "the stock call has no clip_skip",
+            "live scale": "the stock call reads true_cfg_scale once, before its loop",
+            "paired rows": "callbacks of the stock call see the rows of the prompt alone",
+            "divisible size": "the stock call rounds the size down",
+        },
     ),
 ]
 
@@ -175,7 +210,8 @@ def embeds(case, pipe):
 
 
 def given_latents(case, pipe):
-    return {"latents": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return {"latents": pipe.family.schedule(pipe, 5, (8, 8)).pack(x)}
 
 
 def one_generator(case, pipe):
@@ -309,6 +345,7 @@ def as_numbers(images):
 
 
 def test_without_core2_a_feature_is_that_of_the_stock_class_bit_for_bit(case, feature):
+    case.needs(feature.__name__)
     pipe = case.with_tap()
     options = feature(case, pipe)
     ours, stock = run(case, pipe, options), run(case, case.stock_of(pipe), options)
@@ -319,6 +356,7 @@ def test_without_core2_a_feature_is_that_of_the_stock_class_bit_for_bit(case, fe
 
 def test_a_feature_works_in_our_loop(case, feature, global_random_state):
     """CFG is the stock call; one pass a step with a head that says nothing is it unguided."""
+    case.needs(feature.__name__)
     pipe = case.pipe(weak_head=CondHead(case.name, 4))
     options = feature(case, pipe)
     stock = case.stock_of(pipe)
@@ -349,11 +387,11 @@ def test_the_loras_of_the_matrix_matter(case, lora_feature):
         assert far(after, case.sample(other))
 
 
-def test_the_call_shows_the_stock_arguments_in_order_and_core2_last(case):
+def test_the_call_shows_the_stock_arguments_in_order_and_ours_last(case):
     ours = inspect.signature(case.pipe().__call__).parameters
     stock = [n for n in inspect.signature(case.stock_class.__call__).parameters if n != "kwargs"]
-    assert [name for name in ours if name != "kwargs"] == [*stock[1:], "core2"]
-    assert ours["core2"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert [name for name in ours if name != "kwargs"] == [*stock[1:], *case.own]
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in case.own)
 
 
 def test_bfloat16_stays_bfloat16(case):
@@ -450,6 +488,7 @@ def test_no_guidance_needs_no_head_and_is_cond(case):
 
 
 def test_one_scale_a_step_is_what_a_callback_can_do_to_the_stock_pipeline(case):
+    case.needs("live scale")
     pipe, scales = case.pipe(), (2.0, 6.0, 3.0, 5.0, 1.5)
 
     def schedule(pipe, i, t, tensors):
@@ -513,6 +552,8 @@ def test_a_negative_prompt_that_no_step_runs_is_reported(case, caplog):
     ],
 )
 def test_bad_calls_are_refused_before_anything_is_encoded(case, head, options, message):
+    if "height" in options:
+        case.needs("divisible size")
     if head is not None:
         head = CondHead(head[0] or case.name, head[1])
     pipe = case.pipe(weak_head=head)
@@ -595,8 +636,15 @@ def cut_off(pipe, i, t, tensors):
     return tensors
 
 
+def stop(pipe, i, t, tensors):
+    pipe._interrupt = i == 2
+    return tensors
+
+
 @pytest.mark.parametrize("edit", [edit_latents, edit_embeds, edit_scale, cut_off])
 def test_callbacks_that_edit_act_as_in_the_stock_pipeline(case, edit):
+    if edit in (edit_scale, cut_off):
+        case.needs("live scale")
     pipe = case.pipe()
     options = {
         "callback_on_step_end": edit,
@@ -607,7 +655,22 @@ def test_callbacks_that_edit_act_as_in_the_stock_pipeline(case, edit):
     assert far(ours, case.sample(pipe, core2=CFG))
 
 
+@pytest.mark.parametrize("edit", [edit_latents, edit_embeds, edit_scale, cut_off, stop])
+def test_without_core2_callbacks_act_on_the_stock_call_bit_for_bit(case, edit):
+    if edit in (edit_scale, cut_off):
+        case.needs("live scale")
+    pipe = case.with_tap()
+    options = {
+        "callback_on_step_end": edit,
+        "callback_on_step_end_tensor_inputs": list(case.names),
+    }
+    ours = case.sample(pipe, **options)
+    assert torch.equal(ours, case.sample(case.stock_of(pipe), **options))
+    assert far(ours, case.sample(pipe))
+
+
 def test_the_stock_cutoff_callback(case):
+    case.needs("live scale")
     pipe = case.pipe()
     cutoff = {"callback_on_step_end": case.cutoff(None, cutoff_step_index=2)}
     with count_nfe(case.denoiser_of(pipe)) as counter:
@@ -616,8 +679,47 @@ def test_the_stock_cutoff_callback(case):
     close(ours, case.sample(case.stock_of(pipe), seeds=(1,), **cutoff))
 
 
+def set_scale(case, value):
+    """Return a callback that changes the scale after the second step."""
+
+    def change(pipe, i, t, tensors):
+        if i == 1:
+            setattr(pipe, f"_{case.scale}", value)
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize("make", [Case.with_tap, Case.with_adapter])
+@pytest.mark.parametrize("core2", ["fast", "quality"])
+def test_a_scale_that_a_callback_sets_is_the_heads_from_the_next_step_on(case, make, core2):
+    pipe = make(case)
+    changed = case.sample(pipe, core2=core2, callback_on_step_end=set_scale(case, 6.0))
+    planned = replace(PRESETS[core2], guidance_scales=(SCALE, SCALE, 6.0, 6.0, 6.0))
+    close(changed, case.sample(pipe, core2=planned))
+    assert far(changed, case.sample(pipe, core2=core2))
+
+
+@pytest.mark.parametrize("core2", ["fast", "quality"])
+@pytest.mark.parametrize("scale", [1.5, 9.0])
+def test_a_scale_that_an_adapter_was_not_made_for_stops_the_run(case, core2, scale):
+    pipe = case.with_adapter()
+    network = case.denoiser_of(pipe)
+    before, plain = hooks(network), case.sample(pipe, core2=core2)
+    with (
+        count_nfe(network) as counter,
+        pytest.raises(ValueError, match=f"within 2.0 to 6.0, .* got {scale}"),
+    ):
+        case.sample(pipe, core2=core2, callback_on_step_end=set_scale(case, scale))
+    assert counter.calls == {"fast": 2, "quality": 5}[core2]  # the third step got no guided pass
+    assert hooks(network) == before
+    assert torch.equal(case.sample(pipe, core2=core2), plain)
+
+
 @pytest.mark.parametrize("core2", ["fast", "quality"])
 def test_leaving_only_the_prompts_embeddings_turns_guidance_off(case, core2):
+    case.needs("paired rows")
+
     def shrink(pipe, i, t, tensors):
         rows = len(tensors["latents"])
         return {k: v[-rows:] for k, v in tensors.items()}
@@ -638,13 +740,12 @@ def test_leaving_only_the_prompts_embeddings_turns_guidance_off(case, core2):
 def test_interrupt_ends_the_run_with_the_latents_as_they_are(case, core2):
     states = []
 
-    def stop(pipe, i, t, tensors):
+    def record_and_stop(pipe, i, t, tensors):
         states.append(tensors["latents"])
-        pipe._interrupt = i == 2
-        return tensors
+        return stop(pipe, i, t, tensors)
 
     pipe = case.with_tap()
-    ours = case.sample(pipe, core2=core2, callback_on_step_end=stop)
+    ours = case.sample(pipe, core2=core2, callback_on_step_end=record_and_stop)
     assert len(states) == 3
     assert torch.equal(ours, states[-1])
     if core2 is CFG:
@@ -761,7 +862,8 @@ def test_the_familys_noise_is_what_the_stock_call_draws(case):
     pipe = case.pipe()
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
     latents = pipe.family.noise(pipe, generators)
-    assert tuple(latents.shape[1:]) == pipe.family.latent_shape(pipe)
+    x = pipe.family.schedule(pipe, 5, (8, 8)).unpack(latents)
+    assert tuple(x.shape[1:]) == pipe.family.latent_shape(pipe)
     given = case.sample(pipe, latents=latents, generator=None, core2=CFG)
     close(given, case.sample(pipe, core2=CFG))
 
@@ -774,7 +876,7 @@ def test_the_schedules_scales_lead_from_noise_to_the_pipelines_latents(case):
     schedule = pipe.family.schedule(pipe, 5, (8, 8))
     denoiser = pipe.family.denoiser(pipe)
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    x = schedule.noise_scale * pipe.family.noise(pipe, generators)
+    x = schedule.noise_scale * schedule.unpack(pipe.family.noise(pipe, generators))
     sigmas = schedule.sigmas
 
     def predict(x, i):

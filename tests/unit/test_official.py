@@ -2,7 +2,7 @@
 
 Truth: the released network written out again below, of diffusers' own blocks on weights with the
 LoRA merged in, from a checkpoint in the authors' layout, whose names, shapes and counts are listed
-here too.
+here too. In the pipelines: the head called by hand, step by step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from core2_sampler.cli import main
 from core2_sampler.guidance import weak
+from core2_sampler.nfe import count_nfe
+from core2_sampler.testing import tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.weak_heads import load_head
 from core2_sampler.weak_heads.official import OfficialHead
 from core2_sampler.weak_heads.official_import import official_from, read_config
@@ -456,3 +458,129 @@ def test_bad_input_is_refused(checkpoint):
     ):
         with pytest.raises(ValueError, match=text):
             OfficialHead(**config | change)
+
+
+# In the pipelines --------------------------------------------------------------------------------
+
+PROMPTS, NEGATIVES, GUIDANCE = ["a red circle", "two blue rings"], ["dark", "dim and grey"], 4.0
+TINY = {  # the text, pooled and token sizes of the tiny pipelines
+    "sd3": Sizes(16, 64, 4, 32, 48, 2, 28, 32),
+    "sdxl": Sizes(4, 64, 4, 32, 32, 3, 50, 16),
+}
+
+
+def pipeline(family, head=None):
+    """Return a tiny pipeline with a grid that is not the authors', and 16 channels for SD3."""
+    if family == "sdxl":
+        return tiny_sdxl_pipeline(weak_head=head, use_karras_sigmas=True)
+    pipe = tiny_sd3_pipeline(weak_head=head, shift=1.0)
+    config = dict(pipe.transformer.config) | {"in_channels": 16, "out_channels": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.register_modules(transformer=SD3Transformer2DModel.from_config(config).eval())
+    return pipe
+
+
+def length(family):
+    return {"max_sequence_length": 8} if family == "sd3" else {}
+
+
+def sample(pipe, **options):
+    generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    defaults = {"prompt": PROMPTS, "generator": generator, "guidance_scale": GUIDANCE}
+    defaults |= {"num_inference_steps": 4, "output_type": "latent", **length(pipe.family.name)}
+    return pipe(**{**defaults, **options}).images
+
+
+@torch.no_grad()
+def by_hand(family, head, w2s_scale, *, negatives=NEGATIVES, steps_known=True):
+    """Sample 4 fast or slow steps with what the released code gives its network."""
+    pipe = pipeline(family)
+    cond, uncond = pipe.family.encode(pipe, PROMPTS, negatives, **length(family))
+    empty, _ = pipe.family.encode(pipe, [""], **length(family))
+    denoiser, schedule = pipe.family.denoiser(pipe), pipe.family.schedule(pipe, 4, (8, 8))
+    sigmas = schedule.sigmas
+    read = empty if family == "sd3" else uncond
+    head.set_negative(read.prompt_embeds, read.pooled)
+    if steps_known:
+        head.set_schedule(sigmas[:4].tolist())
+    x = torch.cat([torch.randn(1, *pipe.family.latent_shape(pipe), generator=g) for g in seeds()])
+    x = schedule.noise_scale * x
+    for i in range(4):
+        sigma = sigmas[i].float().expand(2)
+        with_prompt, without = denoiser(x, sigma, cond), denoiser(x, sigma, uncond)
+        values = {"x": x, "prompt_embeds": cond.prompt_embeds, "pooled": cond.pooled}
+        guess = weak(with_prompt, head(with_prompt, sigma=sigma, **values), GUIDANCE)
+        strong = without + GUIDANCE * (with_prompt - without)
+        x = x + float(sigmas[i + 1] - sigmas[i]) * (guess + w2s_scale * (strong - guess))
+    return schedule.to_pipeline(x, 4)
+
+
+def seeds():
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+
+def off(ours, other):
+    return float((ours - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize(("core2", "w2s_scale"), [("fast", 0.0), ("quality", 1.5)])
+@both_families
+def test_a_pipeline_gives_the_head_the_negative_prompt_of_the_release(family, core2, w2s_scale):
+    state = TINY[family].random()
+    pipe = pipeline(family, official_from(state))
+    ours = sample(pipe, core2=core2, negative_prompt=NEGATIVES)
+    assert off(ours, by_hand(family, official_from(state), w2s_scale)) < 1e-4
+    without = sample(pipe, core2="fast")
+    other = sample(pipe, core2="fast", negative_prompt=NEGATIVES)
+    assert torch.equal(without, other) == (family == "sd3")  # which reads the empty prompt always
+    if family == "sdxl":
+        assert off(without, other) > 1e-3
+        assert off(without, by_hand(family, official_from(state), 0.0, negatives=None)) < 1e-4
+
+
+@both_families
+def test_a_pipeline_gives_an_upstream_head_its_steps(family):
+    state = TINY[family].random()
+    pipe = pipeline(family, official_from(state, upstream=True))
+    ours = sample(pipe, core2="fast", negative_prompt=NEGATIVES)
+    truth = by_hand(family, official_from(state, upstream=True), 0.0)
+    assert off(ours, truth) < 1e-4
+    lost = by_hand(family, official_from(state, upstream=True), 0.0, steps_known=False)
+    assert off(truth, lost) > 5e-3
+
+
+@both_families
+def test_a_head_that_is_not_released_asks_for_no_negative_prompt(family):
+    pipe = pipeline(family)
+    pipe.register_modules(weak_head=OfficialHead.for_denoiser(pipe.family.denoiser(pipe)))
+    with count_nfe(pipe.text_encoder) as counter:
+        fast = sample(pipe, core2="fast")
+    assert counter.calls == 1
+    assert off(fast, sample(pipe, core2="fast", guidance_scale=1.0)) < 1e-5
+
+
+@both_families
+def test_an_image_does_not_depend_on_its_batch_mates(family):
+    pipe = pipeline(family, official_from(TINY[family].random()))
+    options = {"core2": "fast", "negative_prompt": NEGATIVES}
+    both = sample(pipe, **options)
+    for i, generator in enumerate(seeds()):
+        one = {"prompt": PROMPTS[i], "negative_prompt": NEGATIVES[i], "generator": generator}
+        assert off(sample(pipe, **options | one), both[i : i + 1]) < 1e-4
+
+
+@both_families
+def test_generate_takes_a_released_head(family, tmp_path):
+    tiny = {"sd3": tiny_sd3_pipeline, "sdxl": tiny_sdxl_pipeline}[family]()
+    tiny.save_pretrained(tmp_path / "model")
+    sizes = {"tokens": TINY[family].tokens // 2, "num_layers": 1, "released": True}
+    fit = OfficialHead.fit_config(tiny.family.denoiser(tiny))
+    OfficialHead(**fit | sizes).save_pretrained(tmp_path / "head")
+    where = ["--model", tmp_path / "model", "--head", tmp_path / "head", "-o", tmp_path / "out"]
+    tokens = ["--max-sequence-length", 8] if family == "sd3" else []
+    for mode in ("fast", "quality"):
+        assert run(["generate", "a b", *where, *tokens, "--steps", 2, "--mode", mode]) == 0
+    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")]
+    assert sorted(record["nfe"] for record in records) == [2, 4]
+    assert {record["guidance_scale"] for record in records} == {SCALE[family]}

@@ -12,6 +12,8 @@ from diffusers import (
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from peft import LoraConfig
+from PIL import Image
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from core2_sampler.plan import Core2Config
 from core2_sampler.testing import tiny_sd3_pipeline
@@ -302,3 +304,21 @@ def test_ip_adapter_embeddings_reach_both_halves():
     swapped = sample(pipe, core2=CFG, ip_adapter_image_embeds=image.flip(0))
     assert not torch.allclose(ours, swapped, atol=1e-3)
     close(sample(pipe, core2="fast", **pair), sample(stock, guidance_scale=1.0, **alone))
+
+
+def test_an_ip_adapter_image_is_that_of_the_stock_call():
+    pipe = with_ip_adapter(tiny_sd3_pipeline(weak_head=CondHead("sd3", 4)))
+    vision = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = SiglipVisionModel(SiglipVisionConfig(**vision)).eval()
+    extractor = SiglipImageProcessorPil(size={"height": 8, "width": 8})
+    pipe.register_modules(image_encoder=encoder, feature_extractor=extractor)
+    stock, red = stock_of(pipe), {"ip_adapter_image": Image.new("RGB", (16, 16), "red")}
+    assert torch.equal(sample(pipe, **red), sample(stock, **red))
+    ours = sample(pipe, core2=CFG, **red)
+    close(ours, sample(stock, **red))
+    close(sample(pipe, core2="fast", **red), sample(stock, guidance_scale=1.0, **red))
+    blue = sample(pipe, core2=CFG, ip_adapter_image=Image.new("RGB", (16, 16), "blue"))
+    assert not torch.allclose(ours, blue, atol=1e-3)

@@ -24,6 +24,12 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.adapters.discrete import Clock, eps_from_v, v_from_eps
@@ -358,10 +364,13 @@ def test_a_network_with_an_embedded_scale_runs_one_pass_a_step():
     assert error(ours, sample(pipe, core2=CFG, guidance_scale=9.0)) > 1e-4
 
 
-@pytest.mark.parametrize("old", [{"callback": print}, {"callback_steps": 1}])
-def test_the_deprecated_callback_is_refused(old):
+@pytest.mark.parametrize("names", [["callback_steps"], ["callback", "callback_steps"]])
+def test_the_deprecated_callback_is_refused(names):
+    known = {"callback": lambda i, t, latents: latents.mul_(0.9), "callback_steps": 2}
+    pipe, old = tiny_sdxl_pipeline(), {name: known[name] for name in names}
+    assert torch.equal(sample(pipe, **old), sample(stock_of(pipe), **old))
     with pytest.raises(ValueError, match="use callback_on_step_end"):
-        sample(tiny_sdxl_pipeline(), core2=CFG, **old)
+        sample(pipe, core2=CFG, **old)
 
 
 # Decoding ----------------------------------------------------------------------------------------
@@ -434,6 +443,24 @@ def test_ip_adapter_embeddings_reach_both_halves():
     assert error(ours, sample(pipe, core2=CFG, ip_adapter_image_embeds=[image.flip(0)])) > 1e-3
     fast = sample(pipe, core2="fast", **pair)
     assert error(fast, sample(stock, guidance_scale=1.0, **alone)) < 1e-5
+
+
+def test_an_ip_adapter_image_is_that_of_the_stock_call():
+    pipe = load_ip_adapter(tiny_sdxl_pipeline(weak_head=CondHead("sdxl", 4)))
+    vision = {"hidden_size": 8, "intermediate_size": 8, "projection_dim": 6}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)).eval()
+    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    pipe.register_modules(image_encoder=encoder, feature_extractor=CLIPImageProcessorPil(**size))
+    stock, red = stock_of(pipe), {"ip_adapter_image": Image.new("RGB", (16, 16), "red")}
+    assert torch.equal(sample(pipe, **red), sample(stock, **red))
+    ours = sample(pipe, core2=CFG, **red)
+    assert error(ours, sample(stock, **red)) < 1e-5
+    assert error(sample(pipe, core2="fast", **red), sample(stock, guidance_scale=1.0, **red)) < 1e-5
+    blue = sample(pipe, core2=CFG, ip_adapter_image=Image.new("RGB", (16, 16), "blue"))
+    assert error(ours, blue) > 1e-3
 
 
 def test_ip_adapter_masks_in_the_attention_arguments_go_through_untouched():

@@ -12,17 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from types import SimpleNamespace
 from typing import Any
 
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.effective_scale import EffectiveScale, Meter
 from core2_sampler.benchmarks.stats import Estimate
-from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.loop import Run
-from core2_sampler.plan import Core2Config, Plan
-from core2_sampler.types import Predict
+from core2_sampler.types import Denoiser, Predict
 
 _SCALE_DIGITS = 4
 """Decimals of a matched scale: what cond measures differs from 1 by rounding errors alone."""
@@ -46,15 +42,10 @@ def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
             from the callable, if no call was measured.
     """
     latest: list[Meter] = []
-    prepare = pipe._prepare
 
-    def measured(call: SimpleNamespace, config: Core2Config) -> Run:
-        run = prepare(call, _PairedConfig.of(config))
-        run.plan = Plan(run.plan.steps, run.plan.in_model)
-        meter = Meter(pipe._denoiser(), run.schedule.sigmas, lambda _i: run.prompts())
-        run.schedule = _WatchedSchedule.of(run.schedule, meter.watch)
-        latest[:] = [meter]
-        return run
+    def observe(run: Run, denoiser: Denoiser, predict: Predict) -> Predict:
+        latest[:] = [Meter(denoiser, run.schedule.sigmas, lambda _i: run.prompts())]
+        return latest[0].watch(predict)
 
     def read() -> EffectiveScale:
         if not latest:
@@ -64,11 +55,11 @@ def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
             )
         return latest[0].result()
 
-    pipe._prepare = measured
+    pipe._core2_observer = observe
     try:
         yield read
     finally:
-        del pipe._prepare
+        del pipe._core2_observer
 
 
 def measure_effective_scale(pipe: Any, **call: Any) -> EffectiveScale:
@@ -154,46 +145,3 @@ def _outcome(difference: Estimate, reference: str) -> str:
     if difference.high < 0:
         return f"loses to {reference} {numbers}"
     return f"cannot be told from {reference} {numbers}"
-
-
-class _PairedPlan(Plan):
-    """A plan that has the negative prompt encoded, whatever its steps."""
-
-    __slots__ = ()
-
-    @property
-    def needs_uncond(self) -> bool:
-        return True
-
-
-class _PairedConfig(Core2Config):
-    """A config that makes such plans."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, config: Core2Config) -> _PairedConfig:
-        return cls(**{each.name: getattr(config, each.name) for each in fields(config)})
-
-    def plan(self, num_steps: int, guidance_scale: float, in_model: bool = False) -> Plan:
-        return _PairedPlan(super().plan(num_steps, guidance_scale, in_model).steps, in_model)
-
-
-@dataclass(frozen=True, slots=True)
-class _WatchedSchedule(Schedule):
-    """A schedule whose updates, in closed form or not, ask a watched ``predict``."""
-
-    watch: Callable[[Predict], Predict] = lambda predict: predict
-
-    @classmethod
-    def of(cls, schedule: Schedule, watch: Callable[[Predict], Predict]) -> _WatchedSchedule:
-        own = {each.name: getattr(schedule, each.name) for each in fields(schedule)}
-        solver = schedule.solver
-        if solver is not None:
-            own["solver"] = lambda predict, *args, **options: solver(
-                watch(predict), *args, **options
-            )
-        return cls(**own, watch=watch)
-
-    def network_view(self, predict: Predict) -> Predict:
-        return Schedule.network_view(self, self.watch(predict))

@@ -47,6 +47,7 @@ class HeadFiles:
         in_model: whether it changes the denoiser's pass (an adapter) or reads a finished one.
         reference_scale: guidance scale it was made for, where its config or card has one.
         scale_range: lowest and highest guidance scale it can be used at, where it has them.
+        reads_negative: whether it reads the negative prompt, also where no step runs it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class HeadFiles:
     in_model: bool
     reference_scale: float | None = None
     scale_range: tuple[float, float] | None = None
+    reads_negative: bool = False
 
     def check_scale(self, guidance_scale: float) -> None:
         """Raise ConfigError if the head was not made for this guidance scale."""
@@ -252,6 +254,8 @@ def _head_files(name: str, folder: Path, model: ModelFiles) -> HeadFiles:
         classes[made_by].in_model,
         config.get("reference_scale", _collected_scale(folder)),
         (float(scales[0]), float(scales[1])) if scales else None,
+        # The released SD3.5 head reads the empty prompt in its place.
+        bool(config.get("released")) and model.family == "sdxl",
     )
 
 

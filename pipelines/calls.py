@@ -14,7 +14,6 @@ from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.loop import map_tensors, reads_negative
 from core2_sampler.plan import Plan
 from core2_sampler.types import Conditioning
-from core2_sampler.weak_heads.base import WeakHead
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +42,22 @@ def count_images(call: SimpleNamespace) -> int:
     return prompts * call.num_images_per_prompt
 
 
-def wants_uncond(
-    call: SimpleNamespace, plan: Plan, head: WeakHead | None, negatives: Sequence[str]
-) -> bool:
+def wants_uncond(pipe: Any, call: SimpleNamespace, plan: Plan, negatives: Sequence[str]) -> bool:
     """Say whether the negative prompt is to be encoded: not where nothing reads it.
 
-    What may read it are the steps, a callback and the head.
+    What may read it are the steps, a callback, the head and an observer.
 
     Args:
+        pipe: the pipeline.
         call: the call's arguments; a warning is logged if a negative prompt has no effect.
         plan: of the run to come.
-        head: the pipeline's weak head.
         negatives: names of the arguments that are negative prompts.
     """
     wanted = set(call.callback_on_step_end_tensor_inputs or ()) - {"latents"}
     watched = call.callback_on_step_end is not None and bool(wanted)
     guided = max(step.guidance_scale for step in plan.steps) > 1
     given = [name for name in negatives if getattr(call, name)]
-    needed = reads_negative(head, plan)
+    needed = reads_negative(pipe, plan)
     if guided and given and not needed:
         logger.warning("no step of the plan runs %s: it has no effect", given[0])
     return guided and (needed or watched)

@@ -192,7 +192,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         The second side is left out where no step and no head reads it; no callback ever sees it.
         """
         embeds, pooled = self._encode_prompt(call, "")
-        paired, second = reads_negative(self.weak_head, plan), call.weak_guidance
+        paired, second = reads_negative(self, plan), call.weak_guidance
         negative = self._encode_prompt(call, "negative_") if paired and second is None else None
         if negative is not None and negative[0].shape != embeds.shape:
             raise ValueError(

@@ -89,7 +89,7 @@ def fill_negatives(pipe: Any, call: SimpleNamespace, plan: Plan) -> None:
     """
     given = [name for name in _NEGATIVE_PROMPTS if getattr(call, name)]
     given += ["weak_guidance"] * (call.weak_guidance is not None)
-    if not reads_negative(pipe.weak_head, plan):
+    if not reads_negative(pipe, plan):
         if given:
             logger.warning("no step of the plan runs %s: it has no effect", given[0])
         return

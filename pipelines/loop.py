@@ -67,6 +67,10 @@ class Run:
         return before[1]
 
 
+Observer = Callable[[Run, Denoiser, Predict], Predict]
+"""``predict = observer(run, denoiser, predict)``: sees all of a run, changes nothing."""
+
+
 class _Interrupted(Exception):
     """A callback set ``pipe._interrupt``: the run ends with the latents as they are."""
 
@@ -101,16 +105,16 @@ def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
                     pass
 
 
-def reads_negative(head: WeakHead | None, plan: Plan) -> bool:
-    """Say whether the call's negative prompt is to be encoded: a step runs it or the head reads it.
+def reads_negative(pipe: Any, plan: Plan) -> bool:
+    """Say whether a step of the run, the weak head or an observer reads the negative prompt.
 
     Args:
-        head: the pipeline's weak head.
+        pipe: the pipeline.
         plan: of the run to come.
     """
-    return plan.needs_uncond or (
-        plan.needs_head and head is not None and head.needs_negative == "call"
-    )
+    head = pipe.weak_head
+    read = plan.needs_head and head is not None and head.needs_negative == "call"
+    return plan.needs_uncond or read or pipe._core2_observer is not None
 
 
 def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
@@ -145,6 +149,8 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         conditioning=prompts,
         adjust=run.adjust,
     )
+    if pipe._core2_observer is not None:
+        predict = pipe._core2_observer(run, denoiser, predict)
     if head is not None:
         head.begin(schedule.sigmas[: len(run.plan)].tolist(), run.empty or run.prompts()[1])
     attached: Any = head.attached(denoiser.module) if head and head.in_model else nullcontext()

@@ -234,7 +234,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
 
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
         """Return the embeddings in the stock layout, by the names that callbacks know."""
-        paired = wants_uncond(call, plan, self.weak_head, _NEGATIVES)
+        paired = wants_uncond(self, call, plan, _NEGATIVES)
         scale = (call.joint_attention_kwargs or {}).get("scale")
         embeds, negative, pooled, negative_pooled = self.encode_prompt(
             **{name: getattr(call, name) for name in _ENCODED},

@@ -193,7 +193,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
 
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
         """Return the embeddings in the stock layout, by the names that callbacks know."""
-        paired = call.guided and wants_uncond(call, plan, self.weak_head, NEGATIVES)
+        paired = call.guided and wants_uncond(self, call, plan, NEGATIVES)
         embeds, negative, pooled, negative_pooled = self.encode_prompt(
             **{name: getattr(call, name) for name in ENCODED},
             do_classifier_free_guidance=paired,

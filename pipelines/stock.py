@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 
 from core2_sampler.pipelines.adapters.base import Family
-from core2_sampler.pipelines.loop import run_loop
+from core2_sampler.pipelines.loop import Observer, run_loop
 from core2_sampler.plan import Core2Config, Plan
 from core2_sampler.types import Conditioning, Denoiser
 
@@ -144,6 +144,7 @@ class CoRe2Mixin:
     # Small, and an in-model head is never called itself, so no offload hook would ever move it.
     _exclude_from_cpu_offload = ["weak_head"]
     _core2_plan: Plan | None = None
+    _core2_observer: Observer | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a family's class known to diffusers; a class derived from one is not asked for."""

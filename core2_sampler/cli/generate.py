@@ -142,7 +142,8 @@ def check_plan(config: GenerateConfig, plan: Plan, head: HeadFiles | None) -> No
         )
     if config.head is not None and not plan.needs_head:
         raise ConfigError(f"head has no effect in mode {config.mode!r}; leave it out")
-    if config.negative_prompt is not None and not plan.needs_uncond:
+    read = plan.needs_uncond or (head is not None and plan.needs_head and head.reads_negative)
+    if config.negative_prompt is not None and not read:
         raise ConfigError(
             f"negative_prompt has no effect in mode {config.mode!r}: no step runs it; "
             "take --slow-steps above 0 or --mode cfg"

@@ -179,9 +179,7 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
     Raises:
         ConfigError: if an arm's head does not fit the model.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
+    from core2_sampler.benchmarks.progress import progress_bars
     from core2_sampler.benchmarks.runner import check_arm, run_arm
 
     try:
@@ -189,8 +187,7 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
             check_arm(study, arm)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bars() as progress:
 
         def run(arm: Arm) -> ArmResult:
             about = f"{arm.name}, {arm.steps} steps, scale {arm.guidance_scale:g}"

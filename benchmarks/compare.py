@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageRecord
 from core2_sampler.benchmarks.judges import SHARES, TINY, is_meaningless, judges_task
 from core2_sampler.benchmarks.report import Row
@@ -60,7 +62,7 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Wall time of an image."""
+        """Wall time of an image, with the VAE and without the text encoders."""
         return float(np.mean([record.seconds for record in self.records if record]))
 
 
@@ -70,32 +72,39 @@ class Metric:
 
     Attributes:
         run: the run.
-        name: the judge's name.
+        judge: the judge's name.
         key: the judge's key.
         cases: the cases that it judges, in the run's order.
         arms: the arms.
+        is_shared: whether several judges of the run have this name.
     """
 
     run: Run
-    name: str
+    judge: str
     key: str
     cases: list[Case]
     arms: list[Measured]
+    is_shared: bool = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it: the judge's name, with a mark of its key where that is needed."""
+        return f"{self.judge}@{digest(self.key)[:6]}" if self.is_shared else self.judge
 
     @property
     def is_share(self) -> bool:
         """Whether scores are 1 (right) or 0."""
-        return self.name.removesuffix(f"-{TINY}") in SHARES
+        return self.judge.removesuffix(f"-{TINY}") in SHARES
 
     @property
     def is_primary(self) -> bool:
         """Whether the suite has declared that this metric decides."""
-        return self.name.removesuffix(f"-{TINY}") == SUITES.get(self.run.suite).primary
+        return self.judge.removesuffix(f"-{TINY}") == SUITES.get(self.run.suite).primary
 
     @property
     def is_meaningless(self) -> bool:
         """Whether the judge is a random model."""
-        return is_meaningless(self.name)
+        return is_meaningless(self.judge)
 
     @property
     def clusters(self) -> list[str]:
@@ -128,7 +137,7 @@ class Comparison:
         p_value: of no difference, two-sided.
         wins: prompts won, lost and tied.
         detectable: the smallest true difference that this run would find 4 times in 5.
-        p_holm: ``p_value`` after Holm's correction over the whole report; a random judge has none.
+        p_holm: ``p_value`` after Holm's correction over the run; a random judge has none.
     """
 
     metric: Metric
@@ -141,6 +150,32 @@ class Comparison:
     p_holm: float | None = None
 
 
+class IncompleteRun(ValueError):
+    """A run lacks images or scores; the text says what to do."""
+
+
+def measure_run(out: Path, run: Run, scores: Sequence[Scores]) -> tuple[list[Metric], list[str]]:
+    """Collect what the judges say of a run, those first that the suite declares to decide.
+
+    Returns:
+        The metrics for which nothing is missing, and what is missing for others.
+    """
+    found: list[Metric] = []
+    missing: list[str] = []
+    for each in scores:
+        try:
+            metric = measure(out, run, each)
+        except IncompleteRun as error:
+            missing.append(str(error))
+        else:
+            found += [] if metric is None else [metric]
+    if not found and not missing:
+        missing.append(f"{run.name} has no scores: run `core2 bench score --out {out}`")
+    names = Counter(metric.judge for metric in found)
+    named = [dataclasses.replace(each, is_shared=names[each.judge] > 1) for each in found]
+    return sorted(named, key=lambda each: not each.is_primary), list(dict.fromkeys(missing))
+
+
 def measure(out: Path, run: Run, scores: Scores) -> Metric | None:
     """Collect one judge's scores of a run, None if it was shown none of its images.
 
@@ -148,7 +183,7 @@ def measure(out: Path, run: Run, scores: Scores) -> Metric | None:
     says right or wrong: it is counted against its arm and never dropped.
 
     Raises:
-        ValueError: if images or scores are missing.
+        IncompleteRun: if images or scores are missing.
     """
     cases = [case for case in run.cases if judges_task(scores.name, run.suite, case.prompt.task)]
     found = [_collect(out, run, entry, scores, cases) for entry in run.arms]
@@ -159,9 +194,9 @@ def measure(out: Path, run: Run, scores: Scores) -> Metric | None:
     without = sum(int(np.isnan(each.values).sum()) for each in found)
     unscored = without - sum(each.failed for each in found)
     if unscored:
-        raise ValueError(
+        raise IncompleteRun(
             f"all images of {run.suite} must have a score by {scores.name}, got {unscored} "
-            f"without: run `core2 bench score --out {out}` with it"
+            f"without ({scores.key}): run `core2 bench score --out {out}` with it"
         )
     floor = 0.0 if metric.is_share else min(known)
     arms = [dataclasses.replace(e, values=np.nan_to_num(e.values, nan=floor)) for e in found]
@@ -174,7 +209,7 @@ def _collect(out: Path, run: Run, entry: RunArm, scores: Scores, cases: Sequence
     records, failures = store.records(), store.failures()
     absent = sum(case.key not in records and case.key not in failures for case in cases)
     if absent:
-        raise ValueError(
+        raise IncompleteRun(
             f"all images of the arm {entry.label} must be there, got {absent} of {len(cases)} "
             f"missing: run `{entry.command}` again"
         )
@@ -188,10 +223,11 @@ def _collect(out: Path, run: Run, entry: RunArm, scores: Scores, cases: Sequence
 
 
 def comparisons(metrics: Sequence[Metric]) -> list[Comparison]:
-    """Compare every arm of every metric with its reference, and correct for their number.
+    """Compare every arm of a run with its references, and correct for their number.
 
-    Reference:
-        Holm 1979, over arms, metrics and suites together.
+    Args:
+        metrics: all metrics of one run: Holm's correction is over its arms and metrics together.
+            Over suites as well, no p-value of ``sign_flip_p`` would be small enough.
     """
     found = [
         _compare(metric, arm, reference)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from core2_sampler.benchmarks.arms import Arm
@@ -22,6 +23,31 @@ from core2_sampler.types import Denoiser, Predict
 
 _SCALE_DIGITS = 4
 """Decimals of a matched scale: what cond measures differs from 1 by rounding errors alone."""
+
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a paired comparison with CFG gave; above 0 is better.
+
+    Attributes:
+        estimate: mean difference with its interval.
+        p_holm: p-value, corrected for all comparisons that are made together.
+    """
+
+    estimate: Estimate
+    p_holm: float
+
+    @property
+    def is_win(self) -> bool:
+        """Whether interval and test both say better."""
+        return self.estimate.low > 0 and self.p_holm < _ALPHA
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether interval and test both say worse."""
+        return self.estimate.high < 0 and self.p_holm < _ALPHA
 
 
 @contextmanager
@@ -114,34 +140,38 @@ def matched_arms(arm: Arm, scale: float, nfe: float) -> tuple[Arm, Arm]:
     return Arm("cfg", "cfg", arm.steps, arm.guidance_scale), matched
 
 
-def verdict(name: str, default: Estimate, matched: Estimate) -> str:
+def verdict(name: str, default: Difference, matched: Difference) -> str:
     """Say in plain words what a method's two comparisons with CFG show.
 
     Args:
         name: of the method.
-        default: paired difference to CFG at its default scale and steps; above 0 is better.
-        matched: paired difference to CFG at the method's effective scale and NFE.
+        default: difference to CFG at its default scale and steps.
+        matched: difference to CFG at the method's effective scale and NFE.
 
     Returns:
         One sentence.
     """
     against = "CFG at its own effective scale and NFE"
     facts = f"{name} {_outcome(default, 'default CFG')} and {_outcome(matched, against)}"
-    if matched.low > 0:
-        if default.low > 0:
+    if matched.is_win:
+        if default.is_win:
             return f"{facts}: the gain is more than a change of guidance scale."
         return f"{facts}: better than CFG for the same cost, but no win over default CFG."
-    if default.low > 0:
+    if default.is_win:
         return f"{facts}: it wins only against default CFG, and its scale may be all of that."
     return f"{facts}: no gain over CFG is shown."
 
 
-def _outcome(difference: Estimate, reference: str) -> str:
-    numbers = f"({difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}])"
-    if math.isnan(difference.low):
-        return f"has too few prompts to be compared with {reference} ({difference.value:+.3g})"
-    if difference.low > 0:
+def _outcome(difference: Difference, reference: str) -> str:
+    value, low, high = (
+        f"{x:+.3g}"
+        for x in (difference.estimate.value, difference.estimate.low, difference.estimate.high)
+    )
+    if math.isnan(difference.estimate.low):
+        return f"has too few prompts, or no spread, for an interval against {reference} ({value})"
+    numbers = f"({value} [{low}, {high}], p (Holm) {difference.p_holm:.2g})"
+    if difference.is_win:
         return f"beats {reference} {numbers}"
-    if difference.high < 0:
+    if difference.is_loss:
         return f"loses to {reference} {numbers}"
     return f"cannot be told from {reference} {numbers}"

@@ -8,9 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.images import ImageStore
-from core2_sampler.benchmarks.runner import arm_folder, generate, resolve_head, using_head
+from core2_sampler.benchmarks.runner import (
+    arm_folder,
+    encode,
+    generate,
+    resolve_head,
+    using_head,
+)
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.study import Case, Study
 
@@ -72,9 +81,8 @@ def fill_arm(
     with using_head(study.pipe, head):
         while queue:
             batch = queue.popleft()
-            started = time.monotonic()
             try:
-                _, images, nfe = generate(study, arm, batch)
+                images, nfe, seconds = _timed(study, arm, batch)
             except Exception as error:
                 if len(batch) > 1:
                     queue.extendleft([case] for case in reversed(batch))
@@ -84,9 +92,18 @@ def fill_arm(
                 if in_a_row == MAX_IN_A_ROW:
                     raise
             else:
-                seconds = (time.monotonic() - started) / len(batch)
                 for case, image in zip(batch, images, strict=True):
                     store.add(case, image, nfe, seconds)
                 made, in_a_row = made + len(batch), 0
             on_images(len(batch))
     return Outcome(folder, made, failed)
+
+
+def _timed(study: Study, arm: Arm, batch: list[Case]) -> tuple[Tensor, float, float]:
+    """Return images, NFE, and seconds of an image; prompts are encoded before the clock starts."""
+    encode(study, batch, with_negative=False)  # the study keeps both sides
+    if study.pipe.device.type == "cuda":
+        torch.cuda.synchronize(study.pipe.device)
+    started = time.monotonic()
+    _, images, nfe = generate(study, arm, batch)
+    return images, nfe, (time.monotonic() - started) / len(batch)

@@ -38,7 +38,8 @@ class ImageRecord:
         file: name of the PNG file.
         sha256: of that file.
         nfe: denoiser evaluations, counted.
-        seconds: wall time of its batch, shared out over the images.
+        seconds: wall time of its batch, shared out over the images: sampling and the VAE, without
+            the text encoders.
     """
 
     key: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from core2_sampler.benchmarks.suites import SuitePrompt
 from core2_sampler.registry import unknown_name
 
 GENEVAL = "geneval"
+PLUGIN = "plugin"
 TINY = "tiny"
 """Source of a random model, for machines without weights; its scores mean nothing."""
 
@@ -30,7 +32,7 @@ class Judge:
     """A loaded judge.
 
     Attributes:
-        name: as users call it, with the mark of a tiny one.
+        name: as users call it, with the mark of a tiny one; a plugin's has its own key.
         key: names everything that changes a score.
         score: the judge itself.
         by_meta: whether it reads what the suite says of a prompt, and not only its text.
@@ -114,7 +116,11 @@ def load_judge(
         values = scorer.score(images, [prompt.text for prompt in asked])
         return [(float(value), "") for value in values]
 
-    return Judge(judge_name(spec), scorer.key, score)
+    called = judge_name(spec)
+    if called == PLUGIN:
+        own = scorer.key.partition("=")[2]
+        called = f"{PLUGIN}({re.sub(r'[^A-Za-z0-9_.@-]+', '-', own)[:60]})"
+    return Judge(called, scorer.key, score)
 
 
 def _load_geneval(name: str, source: str | None, device: str) -> Judge:

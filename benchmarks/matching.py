@@ -43,19 +43,21 @@ class Matched:
 
 
 def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) -> Matched:
-    """Measure a method on its first cases, or read what was measured before.
+    """Measure a method on evenly spaced cases, or read what was measured before.
 
     Args:
         study: what the arms share.
         method: an arm of mode ``core``.
         images: folder of its images, whose name stands for all that decides them.
-        count: how many cases.
+        count: how many cases, of all that there are at most.
         writer: number of the process.
 
     Raises:
         ValueError: as ``measuring``.
     """
-    cases = study.cases[:count]
+    every = study.cases
+    count = min(count, len(every))
+    cases = [every[k * len(every) // count] for k in range(count)]
     name = digest(images.name, [case.key for case in cases])
     path = images.parent.parent / "effective_scales" / f"{name}.json"
     if path.exists():

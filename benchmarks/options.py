@@ -98,7 +98,9 @@ class GenerateConfig:
     source: Path | None = option(
         None, help="File or folder with the suite's prompts; by default they are fetched."
     )
-    limit: int | None = option(None, help="Only the first so many prompts.", min=1)
+    limit: int | None = option(
+        None, help="Only the first so many prompts, of those not left out.", min=1
+    )
     skip_nsfw: bool = option(False, help="Leave out prompts that are not safe for work.")
     preset: str | None = option(
         None, help="A published protocol: xielab-pick101, geneval-official, ga-eval, core2-paper."

@@ -73,6 +73,7 @@ for _name, _preset in {
             _OWN_LATENTS,
             "no MPS and no FID",
             "published scale known for SDXL alone, used for every family",
+            "CFG at one mean effective scale for each arm, not at another for each image",
         ),
         limit=101,
     ),

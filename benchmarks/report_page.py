@@ -12,10 +12,10 @@ from core2_sampler.benchmarks.compare import (
     Metric,
     comparison_rows,
     comparisons,
-    measure,
+    measure_run,
     value_rows,
 )
-from core2_sampler.benchmarks.ga_eval import verdict
+from core2_sampler.benchmarks.ga_eval import Difference, verdict
 from core2_sampler.benchmarks.report import Row, provenance_notes, write_rows
 from core2_sampler.benchmarks.report_plots import (
     contact_sheets,
@@ -34,7 +34,7 @@ from core2_sampler.benchmarks.report_render import (
 )
 from core2_sampler.benchmarks.runs import REFERENCE, Run, read_runs
 from core2_sampler.benchmarks.scores import read_scores
-from core2_sampler.benchmarks.stats import Estimate
+from core2_sampler.benchmarks.stats import Estimate, sign_flip_floor
 from core2_sampler.benchmarks.suites import SUITES
 from core2_sampler.trajectory import write_atomic
 
@@ -46,11 +46,12 @@ NOTES = (
     "Intervals are 95 %, by BCa bootstrap over whole prompts, stratified by task where tasks weigh "
     "the same. Shares are percent, their differences points; other scores are in their own unit.",
     "Differences are paired image by image on the same initial latents. p is of a sign-flip test "
-    "over prompts, two-sided; p (Holm) is corrected for all comparisons of this report.",
+    "over prompts, two-sided; p (Holm) is corrected for all comparisons of one suite and model.",
     "Win rates count prompts, with Wilson intervals: strict has ties as lost, half as half a win.",
     "Detectable is the smallest true difference that the run would show 4 times in 5; "
     "without any spread there is none.",
     "An image that could not be generated has the lowest score of all; none is left out.",
+    "s/image is wall time with the VAE and without the text encoders.",
     "w_e is the guidance scale that a method's runs really have, orthogonal the share of its "
     "guidance that no scale can imitate; NAME-matched is CFG at that scale and the same NFE.",
     "The first metric of each suite is the one that the suite declares to decide.",
@@ -68,25 +69,24 @@ def write_report(out: Path, sheet: int) -> str:
         The tables as Markdown and the names of the files, to be printed.
 
     Raises:
-        ValueError: if nothing was generated or scored, or some of it is missing.
+        ValueError: if no run is complete; where some are, what others lack is a warning.
     """
-    runs, scores = read_runs(out), read_scores(out)
-    metrics = [found for run in runs for s in scores if (found := measure(out, run, s))]
-    metrics.sort(key=lambda metric: not metric.is_primary)
-    bare = [run.name for run in runs if all(metric.run is not run for metric in metrics)]
-    if bare:
-        raise ValueError(
-            f"every run must have a score, got none of {', '.join(bare)}: run `core2 bench score "
-            f"--out {out}`"
-        )
-    compared = comparisons(metrics)
-    rows = {id(metric): value_rows(metric) for metric in metrics}
+    scores = read_scores(out)
+    measured = [(run, *measure_run(out, run, scores)) for run in read_runs(out)]
+    if not any(own for _, own, _ in measured):
+        lacks = "; ".join(text for _, _, missing in measured for text in missing)
+        raise ValueError(f"a run must have all its images and scores, got none such: {lacks}")
+    compared: list[Comparison] = []
+    rows: dict[int, list[list[Row]]] = {}
     sections = [Section("How to read it", notes=NOTES)]
-    for run in runs:
-        own = [metric for metric in metrics if metric.run is run]
-        against = [each for each in compared if each.metric.run is run]
+    for run, own, missing in measured:
+        against = comparisons(own)
+        compared += against
+        rows |= {id(metric): value_rows(metric) for metric in own}
         pictures = _pictures(out, own, against, rows, sheet)
-        sections.append(_section(run, own, against, rows, pictures))
+        sections.append(_section(run, own, against, rows, pictures, missing))
+    metrics = [metric for _, own, _ in measured for metric in own]
+    metrics.sort(key=lambda metric: not metric.is_primary)
     base = out / "report" / "report"
     write_rows(base.with_suffix(".json"), _flat(metrics, compared, rows))
     texts = {".md": markdown(TITLE, sections), ".tex": latex(sections)}
@@ -127,12 +127,16 @@ def _section(
     compared: Sequence[Comparison],
     rows: dict[int, list[list[Row]]],
     pictures: Sequence[Picture],
+    missing: Sequence[str],
 ) -> Section:
     """Return a run's part: what it is, how its arms score, and how they compare."""
     suite = SUITES.get(run.suite)
+    title = f"{run.suite} with {run.settings['model']}"
+    if not metrics:
+        return Section(title, missing, _origins(run))
     failed = {arm.entry.label: arm.failed for arm in metrics[0].arms if arm.failed}
     random = [metric.name for metric in metrics if metric.is_meaningless]
-    warnings = [MEANINGLESS.format(names=", ".join(random))] if random else []
+    warnings = [*missing, *([MEANINGLESS.format(names=", ".join(random))] if random else [])]
     warnings += [
         f"{count} images of {label} could not be generated." for label, count in failed.items()
     ]
@@ -144,6 +148,8 @@ def _section(
     warnings += hollow
     notes = [
         *other,
+        *_floor(run, compared),
+        *_measured_on(run),
         f"{suite.about}; licence: {suite.licence}",
         f"{len(run.prompts)} of {suite.size} prompts, seeds {', '.join(map(str, run.seeds))}",
         *(f"{metric.name} is {metric.key}" for metric in metrics),
@@ -151,25 +157,49 @@ def _section(
     ]
     tables = [_value_table(metric, rows[id(metric)]) for metric in metrics]
     tables += [_comparison_table(compared)] if compared else []
-    return Section(f"{run.suite} with {run.settings['model']}", warnings, notes, tables, pictures)
+    return Section(title, warnings, notes, tables, pictures)
 
 
 def _verdicts(compared: Sequence[Comparison]) -> tuple[list[str], list[str]]:
     """Return GA-Eval's sentences: on wins that are nothing but stronger guidance, and others."""
-    differences: dict[tuple[str, str], dict[bool, Estimate]] = {}
+    differences: dict[tuple[str, str], dict[bool, Difference]] = {}
     for each in compared:
-        if not each.metric.is_meaningless:
+        if each.p_holm is not None:
             pair = differences.setdefault((each.metric.name, each.arm.entry.label), {})
-            pair[each.reference.entry.arm.name == REFERENCE] = each.difference
+            is_default = each.reference.entry.arm.name == REFERENCE
+            pair[is_default] = Difference(each.difference, each.p_holm)
     hollow: list[str] = []
     other: list[str] = []
     for (metric, label), pair in differences.items():
         if len(pair) == 2:
             default, matched = pair[True], pair[False]
-            only_default = default.low > 0 and not matched.low > 0
+            only_default = default.is_win and not matched.is_win
             text = f"GA-Eval on {metric}: {verdict(label, default, matched)}"
             (hollow if only_default else other).append(text)
     return hollow, other
+
+
+def _floor(run: Run, compared: Sequence[Comparison]) -> list[str]:
+    """Say how small a p-value of a run can be at all."""
+    count = sum(each.p_holm is not None for each in compared)
+    floor = sign_flip_floor(len(run.prompts))
+    text = (
+        f"with {len(run.prompts)} prompts no p is below {floor:.2g}, and with {count} comparisons "
+        f"the smallest p (Holm) is not below {min(1, count * floor):.2g}"
+    )
+    return [text] if count else []
+
+
+def _measured_on(run: Run) -> list[str]:
+    """Say on how many images the effective scales of a run were measured."""
+    labels: dict[int, list[str]] = {}
+    for entry in run.arms:
+        if entry.measured_on is not None:
+            labels.setdefault(entry.measured_on, []).append(entry.label)
+    return [
+        f"{'; '.join(names)}: w_e and orthogonal measured on {count} evenly spaced images"
+        for count, names in labels.items()
+    ]
 
 
 def _origins(run: Run) -> list[str]:

@@ -21,7 +21,6 @@ from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import (
     digest,
     hash_component,
-    hash_pipeline,
     read_batches,
     write_batch,
 )
@@ -126,6 +125,7 @@ def call_of(
     }
 
 
+@torch.no_grad()
 def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[str, Tensor]:
     """Return the pipeline's embedding arguments for a batch; each prompt is encoded once."""
     texts = [case.prompt.text for case in cases]
@@ -136,7 +136,8 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
     if new:
         length = study.max_sequence_length
         options = {} if length is None else {"max_sequence_length": length}
-        cond, uncond = study.pipe.family.encode(study.pipe, new, [""] * len(new), **options)
+        with autocast(study):
+            cond, uncond = study.pipe.family.encode(study.pipe, new, [""] * len(new), **options)
         for k, text in enumerate(new):
             study._embeds[text] = {
                 "prompt_embeds": cond.prompt_embeds[k],
@@ -212,6 +213,17 @@ def using_head(pipe: Any, head: Any) -> Iterator[None]:
         pipe.register_modules(weak_head=own)
 
 
+def shared_key(study: Study) -> dict[str, Any]:
+    """Return what decides the images of all arms of a study."""
+    return {
+        "revision": REVISION,
+        "model": study.model_hash,
+        "dtype": study.dtype,
+        "max_sequence_length": study.max_sequence_length,
+        "device": study.pipe.device.type,
+    }
+
+
 def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
     """Return all that decides an arm's images but prompt and seed.
 
@@ -222,13 +234,9 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
         (s.kind, 1.0 if s.kind == "cond" else s.guidance_scale, s.w2s_scale) for s in plan.steps
     ]
     return {
-        "revision": REVISION,
+        **shared_key(study),
         "steps": steps,
         "head": hash_component(head) if plan.needs_head else None,
-        "model": hash_pipeline(study.pipe),
-        "dtype": study.dtype,
-        "max_sequence_length": study.max_sequence_length,
-        "device": study.pipe.device.type,
     }
 
 

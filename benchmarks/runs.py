@@ -36,6 +36,7 @@ class RunArm:
         provenance: commit, versions, device and options of that.
         effective_scale: guidance scale that its runs really have, where it was measured.
         orthogonal_share: share of its guidance that CFG cannot imitate, where it was measured.
+        measured_on: how many of its images both were measured on.
     """
 
     arm: Arm
@@ -46,6 +47,7 @@ class RunArm:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     effective_scale: float | None = None
     orthogonal_share: float | None = None
+    measured_on: int | None = None
 
     @property
     def group(self) -> tuple[int, float]:
@@ -104,7 +106,7 @@ def write_run(out: Path, run: Run, made: Sequence[int], writer: int = 0) -> Run:
         out: folder of the results.
         run: the run.
         made: how many images of each of its arms are new; without any, what the file says of the
-            arm's images stays.
+            origin of the arm's images stays.
         writer: number of the process.
 
     Returns:
@@ -113,10 +115,13 @@ def write_run(out: Path, run: Run, made: Sequence[int], writer: int = 0) -> Run:
     path = _folder(out) / f"{run.name}.json"
     old = _read(path).arms if path.exists() else ()
     arms = {(entry.arm.name, entry.group): entry for entry in old}
+    for entry in run.arms:
+        before = arms.get((entry.arm.name, entry.group))
+        if before is not None and before.folder != entry.folder:
+            arms.pop((entry.arm.name + MATCHED, entry.group), None)  # to other images
     for entry, count in zip(run.arms, made, strict=True):
         before = arms.get((entry.arm.name, entry.group))
-        if count or before is None or before.folder != entry.folder:
-            arms[entry.arm.name, entry.group] = entry
+        arms[entry.arm.name, entry.group] = _update(before, entry, count)
     merged = dataclasses.replace(run, arms=tuple(arms.values()))
     write_atomic(path, json.dumps(asdict(merged), indent=1).encode(), writer)
     return merged
@@ -139,6 +144,22 @@ def read_runs(out: Path) -> list[Run]:
 def store_of(out: Path, entry: RunArm) -> ImageStore:
     """Return the images of an arm."""
     return ImageStore(out / entry.folder)
+
+
+def _update(before: RunArm | None, entry: RunArm, made: int) -> RunArm:
+    """Return an arm's new entry with what its old one knows of the same images."""
+    if before is None or before.folder != entry.folder:
+        return entry
+    origin = entry if made else before
+    measured = before if entry.effective_scale is None else entry
+    return dataclasses.replace(
+        entry,
+        command=origin.command,
+        provenance=origin.provenance,
+        effective_scale=measured.effective_scale,
+        orthogonal_share=measured.orthogonal_share,
+        measured_on=measured.measured_on,
+    )
 
 
 def _folder(out: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -68,16 +69,14 @@ def open_scores(out: Path, judge: Judge) -> Scores:
 
 
 def read_scores(out: Path) -> list[Scores]:
-    """Return the scores of every judge that a folder of results was shown to, by name.
+    """Return the scores of every judge that a folder of results was shown to, by name and key.
 
-    Of two judges of one name, such as one scorer in two precisions, the one used last counts.
+    Judges of one name, such as one scorer in two precisions, are several judges.
     """
-    paths = sorted((out / "scores").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    paths = (out / "scores").glob("*.json")
     abouts = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    latest = {about["name"]: path for path, about in abouts.items()}
-    return [
-        Scores(path.with_suffix(".jsonl"), **abouts[path]) for _, path in sorted(latest.items())
-    ]
+    ordered = sorted(abouts, key=lambda path: (abouts[path]["name"], abouts[path]["key"]))
+    return [Scores(path.with_suffix(".jsonl"), **abouts[path]) for path in ordered]
 
 
 def tasks_of(out: Path, runs: Iterable[Run], judge_name: str) -> list[Task]:
@@ -117,7 +116,8 @@ def score_tasks(
         How many were scored now. The same image with the same prompt counts once.
 
     Raises:
-        ValueError: if a file is not what its manifest says, or a prompt cannot be judged.
+        ValueError: if a file is not what its manifest says, a prompt cannot be judged, or a score
+            is not finite; nothing of that batch is kept.
     """
     todo: dict[tuple[str, str], Task] = {}
     for task in tasks:
@@ -128,6 +128,13 @@ def score_tasks(
     for start in range(0, len(pending), batch_size):
         batch = pending[start : start + batch_size]
         images = [task.store.read(task.record) for task in batch]
-        scores.add(batch, judge.score(images, [task.prompt for task in batch]))
+        found = judge.score(images, [task.prompt for task in batch])
+        for task, (value, _) in zip(batch, found, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"a score must be finite, got {value} by {judge.name} ({judge.key}) for "
+                    f"{task.store.folder / task.record.file}: use another --judge-dtype"
+                )
+        scores.add(batch, found)
         on_images(len(batch))
     return len(pending)

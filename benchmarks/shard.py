@@ -41,8 +41,11 @@ class Shard:
         return cls(int(index), int(total))
 
     def split(self, index: int, total: int) -> Shard:
-        """Return the share of one of several processes that work on this shard."""
-        return Shard(self.index * total + index, self.total * total)
+        """Return the share of one of several processes that work on this shard.
+
+        Its items are items of this shard, so other shards may be split into other numbers.
+        """
+        return Shard(self.index + index * self.total, self.total * total)
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return every n-th item, from this shard's number on."""

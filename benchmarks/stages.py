@@ -15,10 +15,11 @@ from core2_sampler.benchmarks.generate import Outcome, fill_arm
 from core2_sampler.benchmarks.judges import load_judge
 from core2_sampler.benchmarks.matching import match
 from core2_sampler.benchmarks.options import GenerateConfig, Judging
+from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.progress import progress_bar
 from core2_sampler.benchmarks.report import provenance
 from core2_sampler.benchmarks.request import Request, check_scorers
-from core2_sampler.benchmarks.runner import check_arm
+from core2_sampler.benchmarks.runner import check_arm, shared_key
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scores import open_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.shard import Shard
@@ -50,7 +51,7 @@ def generate_suite(config: GenerateConfig, request: Request, command: str) -> Ru
             check_arm(study, arm)
     shard = Shard.parse(config.shard).split(state.process_index, state.num_processes)
     entries, done = _fill_arms(config, request, study, shard, command, state.is_main_process)
-    settings = _settings(study, config)
+    settings = run_settings(study, config.model)
     run = Run(request.suite, request.prompts, request.seeds, settings, tuple(entries))
     run = write_run(config.out, run, [each.made for each in done], shard.index)
     made, failed = sum(each.made for each in done), sum(each.failed for each in done)
@@ -95,6 +96,7 @@ def _fill_arms(
                     entry,
                     effective_scale=found.effective_scale,
                     orthogonal_share=found.orthogonal_share,
+                    measured_on=found.measured_on,
                 )
             entries.append(entry)
             done.append(outcome)
@@ -116,21 +118,16 @@ def _open_study(config: GenerateConfig, request: Request, device: str) -> Study:
     )
 
 
-def _settings(study: Study, config: GenerateConfig) -> dict[str, Any]:
-    """Return what all arms share."""
-    return {
-        "model": config.model,
-        "family": study.family,
-        "dtype": study.dtype,
-        "max_sequence_length": study.max_sequence_length,
-    }
+def run_settings(study: Study, name: str) -> dict[str, Any]:
+    """Return what all arms share, so that images of two models of one name are two runs."""
+    shared = shared_key(study)
+    return {**shared, "model": name, "weights": shared["model"], "family": study.family}
 
 
 def _provenance(config: GenerateConfig, request: Request, study: Study) -> dict[str, Any]:
     """Return where the images of a request come from."""
-    about = provenance(
-        str(study.pipe.device), **_settings(study, config), seeds=list(request.seeds)
-    )
+    settings = run_settings(study, config.model) | {"device": str(study.pipe.device)}
+    about = provenance(**settings, seeds=list(request.seeds))
     if config.preset is not None:
         about |= {"preset": config.preset, "deviations": list(request.deviations)}
     if config.skip_nsfw:
@@ -151,23 +148,30 @@ def chosen_runs(out: Path, suites: Sequence[str] | None) -> list[Run]:
     return [run for run in runs if suites is None or run.suite in suites]
 
 
-def score_runs(
-    out: Path, runs: Sequence[Run], judging: Judging, preset: Sequence[str] | None
-) -> None:
+def declared_judges(run: Run, preset: str | None) -> list[str]:
+    """Return the judges of a run's presets, or the one that its suite declares."""
+    names = {entry.provenance.get("preset"): None for entry in run.arms}
+    presets = [name for name in ([preset] if preset else names) if name is not None]
+    with user_input():
+        scorers = [scorer for name in presets for scorer in PRESETS.get(name).scorers]
+    return list(dict.fromkeys(scorers)) or [SUITES.get(run.suite).primary]
+
+
+def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | None = None) -> None:
     """Score runs with the given judges, one judge in memory at a time.
 
     Args:
         out: folder of the results.
         runs: what to score.
         judging: the judges; without any, the preset's, or the one that each suite declares.
-        preset: the preset's judges.
+        preset: name of the preset; by default those that each run was generated with.
 
     Raises:
         ConfigError: if a judge does not exist, cannot be had, or cannot judge these prompts.
     """
     wanted: dict[str, list[Run]] = {}
     for run in runs:
-        for spec in judging.scorers or preset or (SUITES.get(run.suite).primary,):
+        for spec in judging.scorers or declared_judges(run, preset):
             wanted.setdefault(spec, []).append(run)
     check_scorers(list(wanted))
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

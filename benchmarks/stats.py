@@ -121,8 +121,9 @@ def mean_estimate(
         seed: seed of the resampling.
 
     Returns:
-        Mean and BCa interval. The interval is the value itself where all prompts of each task
-        agree, and nan where a task has fewer than two prompts.
+        Mean and BCa interval. It is nan where a task has fewer than two prompts, and where the
+        prompts of each task agree: resampling what does not vary would claim certainty. Values
+        that are all 0, as between equal images, have the interval 0.
 
     Raises:
         ValueError: see ``prompt_means``.
@@ -134,7 +135,8 @@ def mean_estimate(
     if min(len(sample) for sample in samples) < 2:
         return Estimate(value, math.nan, math.nan)
     if all(np.ptp(sample) == 0 for sample in samples):
-        return Estimate(value, value, value)
+        bound = math.nan if any(sample[0] for sample in samples) else 0.0
+        return Estimate(value, bound, bound)
     interval = stats.bootstrap(
         samples,
         _mean_of_means,
@@ -180,7 +182,8 @@ def share_estimate(
     estimate = mean_estimate(
         verdicts, clusters, strata, n_resamples=n_resamples, confidence=confidence, seed=seed
     )
-    if math.isnan(estimate.low) or estimate.value not in (0.0, 1.0):
+    groups = prompt_means(verdicts, clusters, strata).values()
+    if min(len(group) for group in groups) < 2 or estimate.value not in (0.0, 1.0):
         return estimate
     n_prompts = len(set(clusters))
     return _wilson(round(estimate.value * n_prompts), n_prompts, confidence)
@@ -257,6 +260,12 @@ def sign_flip_p(
             rng=np.random.default_rng(seed),
         ).pvalue
     )
+
+
+def sign_flip_floor(n_prompts: int, n_resamples: int = N_RESAMPLES - 1) -> float:
+    """Return the smallest p-value that ``sign_flip_p`` can give for so many prompts."""
+    flips = 2**n_prompts
+    return min(1.0, 2 / (flips if flips <= n_resamples else n_resamples + 1))
 
 
 def holm(p_values: ArrayLike) -> Array:

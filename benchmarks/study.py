@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.cache import digest
+from core2_sampler.benchmarks.cache import digest, hash_pipeline
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.stats import Estimate, mean_estimate, share_estimate
 from core2_sampler.trajectory import stable_hash
@@ -105,6 +105,7 @@ class Study:
     dtype: str = "fp32"
     max_sequence_length: int | None = 256
     _embeds: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _model_hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything runs."""
@@ -123,6 +124,13 @@ class Study:
     def cases(self) -> list[Case]:
         """All images of an arm, in order."""
         return [Case(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of all parts of the pipeline but its weak head, computed on first use."""
+        if not self._model_hash:
+            self._model_hash.append(hash_pipeline(self.pipe))
+        return self._model_hash[0]
 
     @property
     def tasks(self) -> list[str]:

@@ -12,7 +12,6 @@ from core2_sampler.benchmarks.options import (
     ScoreConfig,
     command_line,
 )
-from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.request import check_request, check_scorers
 from core2_sampler.config import ConfigError, user_input
 
@@ -37,7 +36,7 @@ def bench_score(config: ScoreConfig) -> None:
 
     with user_input():
         runs = chosen_runs(config.out, config.suites)
-    score_runs(config.out, runs, config.judging, None)
+    score_runs(config.out, runs, config.judging)
 
 
 def bench_report(config: ReportConfig) -> None:
@@ -64,8 +63,7 @@ def bench_run(config: RunConfig) -> None:
     run = generate_suite(own, request, command_line(config))
     if run is None:
         return
-    preset = None if own.preset is None else PRESETS.get(own.preset).scorers
-    score_runs(own.out, [run], config.judging, preset)
+    score_runs(own.out, [run], config.judging, own.preset)
     bench_report(ReportConfig(out=own.out))
 
 

@@ -40,10 +40,13 @@ _T2I = (
     "1b7094991a57f3c22abdd4f6e8ba6c1a15517073/examples/dataset"
 )
 _NSFW = re.compile(
-    r"\b(?:nsfw|nud\w*|naked\w*|topless|undress\w*|lingerie|bikini|porn\w*|hentai|erotic\w*|"
-    r"sex\w*|fetish\w*|bdsm|breasts?|boobs?|tits|nipples?|cleavage|busty|genitals?|penis\w*|"
-    r"vagina\w*|butts?|ass|horny|orgasm\w*|slut\w*|whore\w*|gore|gory|behead\w*|dismember\w*|"
-    r"mutilat\w*|rape\w*|suicide)\b",
+    r"\b(?:nsfw|nudes?|nudity|nudists?|naked|nakedness|topless|undress(?:ed|ing)?|lingerie|"
+    r"bikinis?|porno?|porn(?:ographic|ography|stars?)|hentai|erotic|erotica|eroticism|"
+    r"sex|sexy|sexier|sexiest|sexual|sexually|sexuali[sz]ed|sexuality|fetish(?:es|ist|istic)?|bdsm|"
+    r"breasts?|boobs?|tits|nipples?|cleavage|busty|genitals?|genitalia|penis(?:es)?|vaginas?|"
+    r"vaginal|butts?|ass|asses|horny|orgasms?|orgasmic|sluts?|slutty|whores?|(?<!\bal )gore|gory|"
+    r"behead(?:s|ed|ing)?|dismember(?:s|ed|ing|ment)?|mutilat(?:e|es|ed|ing|ion|ions)|"
+    r"rape[ds]?|raping|rapists?|suicides?|suicidal)\b",
     re.IGNORECASE,
 )
 
@@ -165,7 +168,7 @@ def load(
         suite: a name of ``SUITES``.
         source: the list's file in the upstream format, or the folder of its files; None fetches
             the published ones, or takes the embedded ones.
-        limit: only the first so many, at least 1.
+        limit: only the first so many of those that are not left out, at least 1.
         skip_nsfw: leave out prompts with a word that is not safe for work; ids do not move, so
             what was left out can be told.
 
@@ -181,9 +184,11 @@ def load(
         ]
     else:
         found = _read_suite(row, source)
+    if skip_nsfw:
+        found = [prompt for prompt in found if not _NSFW.search(prompt.text)]
     if limit is not None and not 1 <= limit <= len(found):
         raise ValueError(f"limit must be 1 to {len(found)} for suite {suite}, got {limit}")
-    return [p for p in found[:limit] if not (skip_nsfw and _NSFW.search(p.text))]
+    return found[:limit]
 
 
 def _read_suite(suite: Suite, source: str | Path | None) -> list[SuitePrompt]:

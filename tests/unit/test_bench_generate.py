@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from core2_sampler.benchmarks.arms import Arm
+from core2_sampler.benchmarks.cache import hash_pipeline
 from core2_sampler.benchmarks.generate import MAX_IN_A_ROW, fill_arm
 from core2_sampler.benchmarks.images import ImageStore, append_lines, digest_bytes, read_lines
 from core2_sampler.benchmarks.matching import match
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.shard import Shard
+from core2_sampler.benchmarks.stages import run_settings
 from core2_sampler.benchmarks.study import Study
 from core2_sampler.benchmarks.suites import load
 from core2_sampler.testing import tiny_sd3_pipeline
@@ -143,8 +146,14 @@ def test_a_shard_must_be_one_of_its_number(text):
 
 def test_shards_of_shards_are_every_item_once():
     items = list(range(11))
-    nested = [Shard.parse(f"{i}/2").split(j, 3).of(items) for i in range(2) for j in range(3)]
-    assert sorted(item for part in nested for item in part) == items
+    for processes in ((3, 3), (4, 2), (1, 5)):  # of the two shards
+        nested = [
+            Shard.parse(f"{i}/2").split(j, total)
+            for i, total in enumerate(processes)
+            for j in range(total)
+        ]
+        assert sorted(item for part in nested for item in part.of(items)) == items
+        assert len({part.index for part in nested}) == len(nested)  # a manifest for each
 
 
 def test_an_image_that_was_changed_is_refused(tmp_path):
@@ -186,9 +195,80 @@ def test_a_run_keeps_its_arms_and_what_made_their_images(tmp_path):
     assert len(read_runs(tmp_path)) == 2
 
 
+def test_a_run_forgets_no_measurement_and_keeps_none_of_other_images(tmp_path):
+    prompts = tuple(load("shapes", limit=2))
+    slow = RunArm(Arm("slow", "core", 2, 3.0, "tap"), 2, 3.0, "images/a", "first", {"commit": "1"})
+    other = RunArm(Arm("slow-matched", "cfg", 2, 4.0), 2, 3.0, "images/b", "first", {"commit": "1"})
+    run = Run("shapes", prompts, (0,), {"family": "sd3"}, (slow,))
+    write_run(tmp_path, run, [2])
+    found = {"effective_scale": 4.0, "orthogonal_share": 0.1, "measured_on": 2}
+    measured = dataclasses.replace(slow, command="second", **found)
+    written = write_run(tmp_path, dataclasses.replace(run, arms=(measured, other)), [0, 2])
+    kept = dataclasses.replace(slow, **found)
+    assert written.arms == (kept, other)
+    again = write_run(tmp_path, dataclasses.replace(run, arms=(measured, other)), [0, 0])
+    assert again.arms == (kept, other)
+    without = dataclasses.replace(slow, command="third")
+    assert write_run(tmp_path, dataclasses.replace(run, arms=(without,)), [1]).arms == (
+        dataclasses.replace(without, **found),
+        other,
+    )
+    moved = dataclasses.replace(slow, folder="images/c")  # the head has other weights
+    assert write_run(tmp_path, dataclasses.replace(run, arms=(moved,)), [2]).arms == (moved,)
+
+
+def test_other_weights_under_one_name_are_another_run(tmp_path):
+    one, same, other = (make_study(tmp_path, prompts=1) for _ in range(3))
+    with torch.no_grad():
+        next(other.pipe.vae.parameters()).view(-1)[0] += 1
+    names = [
+        Run("shapes", study.prompts, (0,), run_settings(study, "model")).name
+        for study in (one, same, other)
+    ]
+    assert names[0] == names[1] != names[2]
+    assert one.model_hash == hash_pipeline(one.pipe)
+    halved = dataclasses.replace(one, pipe=other.pipe)
+    assert halved.model_hash == other.model_hash != one.model_hash
+    assert run_settings(one, "model")["device"] == "cpu"
+
+
+def test_the_time_of_an_image_is_without_the_text_encoders(tmp_path):
+    study = make_study(tmp_path, prompts=1)
+    study.pipe.text_encoder.register_forward_pre_hook(lambda *_: time.sleep(1.5))
+    records = ImageStore(fill_arm(study, COND).folder).records().values()
+    assert 0 < sum(record.seconds for record in records) < 1.5
+    assert not any(t.requires_grad for kept in study._embeds.values() for t in kept.values())
+
+
+def test_unsafe_prompts_go_before_the_limit_and_harmless_words_stay(tmp_path):
+    harmless = ["a nudge", "a rapeseed field", "Al Gore", "a sextant", "essex", "nudibranch"]
+    unsafe = ["nude art", "nudity", "gore", "lots of GORE", "erotica", "raped", "sexy", "porn"]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"caption": text} for text in [*unsafe, *harmless]]))
+    kept = [p.text for p in load("pickapic", path, skip_nsfw=True)]
+    assert kept == harmless
+    limited = [p.text for p in load("pickapic", path, limit=2, skip_nsfw=True)]
+    assert limited == harmless[:2]
+
+
 def test_a_folder_without_results_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="core2 bench generate"):
         read_runs(tmp_path)
+
+
+def test_the_cases_that_a_method_is_measured_on_are_evenly_spaced(tmp_path):
+    """Of eight cases three: 0, 2 and 5, seen by the denoiser refusing each."""
+    HEADS.get("tap").for_denoiser(
+        tiny_sd3_pipeline().family.denoiser(tiny_sd3_pipeline())
+    ).save_pretrained(tmp_path / "tap")
+    study = make_study(tmp_path / "out" / "images")
+    fast = Arm("fast", "core", 2, 3.0, str(tmp_path / "tap"))
+    folder = study.folder / "0"
+    for wanted in (0, 2, 5):
+        with refusing(study, wanted), pytest.raises(RuntimeError, match="out of memory"):
+            match(study, fast, folder, 3)
+    with refusing(study, 1, 3, 4, 6, 7):
+        assert match(study, fast, folder, 3).measured_on == 3
 
 
 def test_a_method_is_matched_by_what_its_runs_measure(tmp_path):

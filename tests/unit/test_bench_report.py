@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.compare import comparisons, measure
+from core2_sampler.benchmarks.compare import comparisons, measure, measure_run
 from core2_sampler.benchmarks.export import export
 from core2_sampler.benchmarks.images import ImageStore, read_lines
 from core2_sampler.benchmarks.judges import (
@@ -32,6 +34,7 @@ from core2_sampler.benchmarks.report_render import Section, Table, html_page, la
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scorers import SCORERS
 from core2_sampler.benchmarks.scores import open_scores, read_scores, score_tasks, tasks_of
+from core2_sampler.benchmarks.stages import declared_judges
 from core2_sampler.benchmarks.suites import SUITES, SuitePrompt, load
 
 DATA = {"commit": "abc", "device": "cpu", "versions": {"torch": "2"}}
@@ -128,18 +131,17 @@ def test_numbers_are_those_of_numpy(tmp_path):
     assert (found.arm.nfe, found.arm.seconds) == (4.0, 0.5)
 
 
-def test_holm_counts_all_suites_but_no_random_judge(tmp_path):
-    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
-    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": [v + 1 for v in CFG_VALUES]}, suite="pickapic")
+def test_holm_counts_the_arms_and_metrics_of_a_run_but_no_random_judge(tmp_path):
+    more = [v + 1 for v in CFG_VALUES]
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES, "other": more})
     score(tmp_path)
     score(tmp_path, name="aes-tiny")
-    metrics = [
-        measure(tmp_path, run, s) for run in read_runs(tmp_path) for s in read_scores(tmp_path)
-    ]
-    found = comparisons([metric for metric in metrics if metric is not None])
-    real = {each.metric.run.suite: each for each in found if each.p_holm is not None}
-    assert sorted(each.metric.name for each in found if each.p_holm is None) == ["aes-tiny"] * 2
-    small, large = sorted(real.values(), key=lambda each: each.p_value)
+    metrics, missing = measure_run(tmp_path, run, read_scores(tmp_path))
+    found = comparisons(metrics)
+    real = [each for each in found if each.p_holm is not None]
+    assert [each.metric.name for each in found if each.p_holm is None] == ["aes-tiny"] * 2
+    assert missing == []
+    small, large = sorted(real, key=lambda each: each.p_value)
     assert small.p_holm == pytest.approx(min(1, 2 * small.p_value))
     assert large.p_holm == pytest.approx(max(small.p_holm, large.p_value))
 
@@ -159,7 +161,7 @@ def test_a_failed_image_counts_as_the_worst_and_is_named(tmp_path):
 
 def test_what_is_missing_is_asked_for(tmp_path):
     run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
-    with pytest.raises(ValueError, match="every run must have a score.*core2 bench score"):
+    with pytest.raises(ValueError, match="drawbench-sd3-.* has no scores: run `core2 bench score"):
         write_report(tmp_path, sheet=0)
     score(tmp_path)
     manifest = tmp_path / run.arms[1].folder / "manifest.0.jsonl"
@@ -172,6 +174,40 @@ def test_what_is_missing_is_asked_for(tmp_path):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
     with pytest.raises(ValueError, match="must have a score by imagereward, got 3 without"):
         write_report(tmp_path, sheet=0)
+
+
+def test_a_run_that_lacks_something_is_a_warning_beside_one_that_does_not(tmp_path):
+    make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    score(tmp_path)
+    make_run(tmp_path, {"cfg": [v + 100 for v in CFG_VALUES]}, suite="pickapic")
+    half = make_run(tmp_path, {"cond": CFG_VALUES}, suite="hpdv2")
+    manifest = tmp_path / half.arms[0].folder / "manifest.0.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:6]))
+    text = write_report(tmp_path, sheet=2)
+    assert re.search("pickapic-sd3-.* has no scores: run `core2 bench score", text)
+    assert "2 of 8 missing: run `core2 bench generate` again" in text
+    assert "| cond | 4 | 3 | cfg | imagereward | +2 [" in text
+
+
+def test_a_score_that_is_not_finite_is_refused_and_not_kept(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES})
+    judge = Judge("aes", "aes;dtype=float16", lambda images, _: [(math.nan, "")] * len(images))
+    scores = open_scores(tmp_path, judge)
+    message = r"got nan by aes \(aes;dtype=float16\) for .*00000-0-.*png: use another --judge-dtype"
+    with pytest.raises(ValueError, match=message):
+        score_tasks(tasks_of(tmp_path, [run], "aes"), judge, scores, batch_size=3)
+    assert read_lines(scores.path) == []
+
+
+def test_a_run_is_scored_by_the_preset_that_it_was_generated_with(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES})
+    assert declared_judges(run, None) == ["imagereward"]  # DrawBench's own
+    arms = tuple(
+        dataclasses.replace(arm, provenance={"preset": "xielab-pick101"}) for arm in run.arms
+    )
+    made = dataclasses.replace(run, arms=arms)
+    assert declared_judges(made, None) == [*PRESETS.get("xielab-pick101").scorers]
+    assert declared_judges(made, "geneval-official") == ["geneval"]
 
 
 def test_the_report_is_four_files_that_say_the_same(tmp_path):
@@ -214,20 +250,31 @@ def test_a_report_without_the_deciding_metric_says_so(tmp_path):
 
 
 def test_a_win_by_guidance_alone_is_a_warning(tmp_path):
-    """The method is 5 better than CFG on every prompt, and 0 or 5 than CFG that is matched."""
-    for name, matched in (("hollow", 5), ("real", 0)):
+    """The method is 5 better than CFG on average, and 0 or 5 than CFG that is matched."""
+    plain = [10 * (k % 8) for k in range(24)]
+    better = [v + 4 + k // 2 % 3 for k, v in enumerate(plain)]
+    for name, matched in (("hollow", better), ("real", plain)):
         out = tmp_path / name
-        better = [v + 5 for v in CFG_VALUES]
-        values = {"cfg": CFG_VALUES, "own": better}
-        run = make_run(out, values | {"own-matched": [v + matched for v in CFG_VALUES]})
+        run = make_run(out, {"cfg": plain, "own": better, "own-matched": matched}, prompts=12)
         assert [e.arm.name for e in run.references(run.arms[1])] == ["cfg", "own-matched"]
         assert run.references(run.arms[2]) == []
         score(out)
         write_report(out, sheet=0)
         page = (out / "report" / "report.md").read_text()
-        only = "**GA-Eval on imagereward: own, N = 4, scale 3 beats default CFG (+5 [+5, +5]) and "
-        assert (only + "cannot be told from CFG at its own" in page) == (name == "hollow")
+        hollow = r"\*\*GA-Eval on imagereward: own, .* beats default CFG \(\+5 \[.* and cannot"
+        assert bool(re.search(hollow, page)) == (name == "hollow")
         assert ("the gain is more than a change of guidance scale" in page) == (name == "real")
+        assert "with 12 prompts no p is below 0.00049, and with 2 comparisons" in page
+
+
+def test_equal_gains_on_a_few_prompts_are_no_win(tmp_path):
+    better = [v + 5 for v in CFG_VALUES]
+    make_run(tmp_path, {"cfg": CFG_VALUES, "own": better, "own-matched": CFG_VALUES})
+    score(tmp_path)
+    write_report(tmp_path, sheet=0)
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| own | 4 | 3 | cfg | imagereward | +5 | 0.12 |" in page  # no interval; 2 / 2^4
+    assert "no gain over CFG is shown" in page and "beats" not in page
 
 
 def test_cells_are_escaped_in_every_format():
@@ -238,13 +285,35 @@ def test_cells_are_escaped_in_every_format():
     assert "&lt;b&gt;" in page and "<b>" not in page and "&lt;i&gt;" in page
 
 
-def test_the_last_used_of_two_judges_of_one_name_counts(tmp_path):
+def test_two_judges_of_one_name_are_two_metrics(tmp_path):
     run = make_run(tmp_path, {"cfg": CFG_VALUES})
     score(tmp_path, key="old")
     score(tmp_path, key="new")
-    assert [measure(tmp_path, run, s).key for s in read_scores(tmp_path)] == ["new"]
-    score(tmp_path, key="old")
-    assert [s.key for s in read_scores(tmp_path)] == ["old"]
+    score(tmp_path, name="aes")
+    metrics, _ = measure_run(tmp_path, run, read_scores(tmp_path))
+    assert [(m.judge, m.key) for m in metrics] == [
+        ("imagereward", "new"),
+        ("imagereward", "old"),
+        ("aes", "k"),
+    ]
+    first, second, third = (metric.name for metric in metrics)
+    assert first != second and third == "aes"
+    assert all(re.fullmatch("imagereward@[0-9a-f]{6}", name) for name in (first, second))
+    page = write_report(tmp_path, sheet=0)
+    assert f"{first} (decides)" in page and f"{second} (decides)" in page
+
+
+def test_plugins_are_called_after_their_own_keys(tmp_path):
+    program = "import json; print(json.dumps({'key': 'my judge/v%d-tiny'}), flush=True); input()"
+    judges = []
+    for version in (1, 2):
+        path = tmp_path / f"{version}.py"
+        path.write_text(program % version)
+        spec = f"plugin={sys.executable} {path}"
+        judges.append(load_judge(spec, [], tmp_path, device="cpu", dtype=torch.float32))
+    assert [j.name for j in judges] == ["plugin(my-judge-v1-tiny)", "plugin(my-judge-v2-tiny)"]
+    assert not is_meaningless(judges[0].name)
+    assert open_scores(tmp_path, judges[0]).path.parent == tmp_path / "scores"
 
 
 def test_specs_of_judges():

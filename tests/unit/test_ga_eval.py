@@ -17,6 +17,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.effective_scale import EffectiveScale, Meter, project
 from core2_sampler.benchmarks.ga_eval import (
+    Difference,
     matched_arms,
     measure_effective_scale,
     measuring,
@@ -437,8 +438,12 @@ def test_no_comparison_is_refused(scale, nfe, message):
         matched_arms(Arm("a", "core", 28, SCALE, "tap"), scale, nfe)
 
 
-WIN, TIE, LOSS = Estimate(2.0, 1.0, 3.0), Estimate(0.5, -0.5, 1.5), Estimate(-2.0, -3.0, -1.0)
-UNKNOWN = Estimate(2.0, math.nan, math.nan)
+WIN, LOSS = Difference(Estimate(2.0, 1, 3), 0.01), Difference(Estimate(-2.0, -3, -1), 0.01)
+TIE, UNKNOWN = (
+    Difference(Estimate(0.5, -0.5, 1.5), 0.4),
+    Difference(Estimate(2, *[math.nan] * 2), 0),
+)
+CHANCE = Difference(Estimate(2.0, 1.0, 3.0), 0.05)  # Holm takes away what the interval alone says
 
 
 @pytest.mark.parametrize(
@@ -451,7 +456,10 @@ UNKNOWN = Estimate(2.0, math.nan, math.nan)
         (TIE, WIN, "cannot be told from default CFG", "for the same cost"),
         (LOSS, WIN, "loses to default CFG", "for the same cost"),
         (TIE, TIE, "cannot be told from default CFG", "no gain over CFG is shown."),
-        (UNKNOWN, LOSS, "has too few prompts to be compared with default CFG", "no gain"),
+        (UNKNOWN, LOSS, "has too few prompts, or no spread, for an interval", "no gain"),
+        (CHANCE, CHANCE, "cannot be told from default CFG (+2 [+1, +3], p (Holm) 0.05)", "no gain"),
+        (WIN, CHANCE, "beats default CFG", "wins only against default CFG"),
+        (Difference(LOSS.estimate, 0.2), WIN, "cannot be told from default CFG", "the same cost"),
     ],
 )
 def test_verdicts(default, matched, start, end):

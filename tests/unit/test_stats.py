@@ -14,6 +14,7 @@ from core2_sampler.benchmarks.stats import (
     minimum_detectable_effect,
     prompt_means,
     share_estimate,
+    sign_flip_floor,
     sign_flip_p,
     win_rate,
 )
@@ -73,7 +74,16 @@ def test_value_weighs_tasks_equally_whatever_their_size():
     strata = ["big"] * 4 + ["small"] * 2
     estimate = mean_estimate([1, 1, 1, 1, 0, 0], clusters, strata)
     assert estimate.value == 0.5
-    assert (estimate.low, estimate.high) == (0.5, 0.5)  # every task agrees with itself
+    assert math.isnan(estimate.low) and math.isnan(estimate.high)  # each task agrees with itself
+
+
+def test_what_does_not_vary_has_no_interval_but_no_difference_at_all_has():
+    same = mean_estimate([5.0] * 6, *names(6))
+    assert same.value == 5 and math.isnan(same.low) and math.isnan(same.high)
+    opposed = mean_estimate([1, 1, -1, -1], ["a", "b", "c", "d"], ["t", "t", "u", "u"])
+    assert opposed.value == 0 and math.isnan(opposed.low)
+    none = mean_estimate([0.0] * 6, *names(6))
+    assert (none.value, none.low, none.high) == (0, 0, 0)
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
@@ -177,6 +187,12 @@ def test_sign_flip_p_at_its_ends():
     assert sign_flip_p([0.0] * 5, *names(5)) == 1
     p = sign_flip_p(np.ones(40), *names(40))
     assert p == pytest.approx(2 / 10_000)  # never 0: the data themselves are one of the flips
+
+
+@pytest.mark.parametrize("n", [1, 5, 13, 14, 40])
+def test_the_floor_of_p_is_what_equal_differences_give(n):
+    assert sign_flip_floor(n) == pytest.approx(sign_flip_p(np.ones(n), *names(n)) if n > 1 else 1)
+    assert sign_flip_floor(3200) == sign_flip_floor(14)
 
 
 def test_sign_flip_p_agrees_with_students_t_on_normal_differences():

@@ -26,6 +26,9 @@ Adjust = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 Prompts = tuple[Conditioning, Conditioning | None]
 
+Stamp = tuple[tuple[int, int | None], ...]
+"""See `stamp`."""
+
 
 def weak(cond: Tensor, gap: Tensor, guidance_scale: float) -> Tensor:
     """Return the head's guided derivative, ``cond + (guidance_scale - 1) * gap``.
@@ -167,7 +170,7 @@ class _Guided:
     on_pair: OnPair | None
     capture_features: bool
     adjust: Adjust | None
-    _joined: tuple[Prompts, Conditioning] | None = None
+    _joined: tuple[Prompts, Stamp, Conditioning] | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         step = self.plan.steps[i]
@@ -252,11 +255,23 @@ class _Guided:
         cond, uncond = prompts
         if uncond is None:
             raise ValueError("a CFG or slow step must get uncond, got None")
-        if self._joined is None or any(
-            a is not b for a, b in zip(self._joined[0], prompts, strict=True)
-        ):
-            self._joined = (prompts, join(uncond, cond))
-        return self._joined[1]
+        now = stamp(uncond.prompt_embeds, uncond.pooled, cond.prompt_embeds, cond.pooled)
+        known = self._joined
+        if known is None or known[1] != now or known[0][0] is not cond or known[0][1] is not uncond:
+            known = self._joined = (prompts, now, join(uncond, cond))
+        return known[2]
+
+
+def stamp(*tensors: Tensor) -> Stamp:
+    """Return what tells tensors from others, and from themselves before an edit in place.
+
+    Args:
+        *tensors: the caller keeps them, so that no other tensor takes their place in memory.
+
+    Returns:
+        An identity and a count of edits each; None for inference tensors, which do not count.
+    """
+    return tuple((id(x), None if x.is_inference() else x._version) for x in tensors)
 
 
 def join(uncond: Conditioning, cond: Conditioning) -> Conditioning:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ class HeadFiles:
 
     Attributes:
         name: what the user called it, or its folder.
-        folder: where its weights are; None for a control that has none.
+        folder: where its files are; None for a control that has none.
         in_model: whether it changes the denoiser's pass (an adapter) or reads a finished one.
         reference_scale: guidance scale it was made for, where its config or card has one.
         scale_range: lowest and highest guidance scale it can be used at, where it has them.
         reads_negative: whether it reads the negative prompt, also where no step runs it.
+        multiple: height and width must be a multiple of it, px, beside what the model asks for.
+        own: whether the model's pipeline loads it by itself.
     """
 
     name: str
@@ -56,6 +59,8 @@ class HeadFiles:
     reference_scale: float | None = None
     scale_range: tuple[float, float] | None = None
     reads_negative: bool = False
+    multiple: int = 1
+    own: bool = False
 
     def check_scale(self, guidance_scale: float) -> None:
         """Raise ConfigError if the head was not made for this guidance scale."""
@@ -64,6 +69,14 @@ class HeadFiles:
             raise ConfigError(
                 f"guidance_scale must be from {low:g} to {high:g} for the head {self.name}, "
                 f"got {guidance_scale:g}"
+            )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ConfigError if the head cannot work at this size, in px."""
+        if height % self.multiple or width % self.multiple:
+            raise ConfigError(
+                f"height and width must be multiples of {self.multiple} for the head {self.name}, "
+                f"got {height} and {width}"
             )
 
 
@@ -76,6 +89,7 @@ class ModelFiles:
         source: folder or hub id, for ``from_pretrained``.
         family: one of `FAMILIES`.
         channels: of the latents.
+        pixels: of the image, to one latent.
         size: default height and width, px.
         multiple: height and width must be a multiple of it, px.
         largest: greatest height and width, px; None where the network sets no limit.
@@ -87,6 +101,7 @@ class ModelFiles:
     source: str
     family: str
     channels: int
+    pixels: int
     size: int
     multiple: int
     largest: int | None
@@ -148,7 +163,7 @@ def find_model(name: str) -> ModelFiles:
     except KeyError as error:
         raise ConfigError(f"{name} is not a usable model: its configs lack {error}") from None
     tokens = _prompt_tokens(name, source, family, index)
-    return ModelFiles(name, source, family, channels, size, multiple, largest, tokens)
+    return ModelFiles(name, source, family, channels, pixels, size, multiple, largest, tokens)
 
 
 Config = dict[str, Any]
@@ -220,20 +235,30 @@ def find_head(name: str | None, model: ModelFiles) -> HeadFiles | None:
     if name in UNTRAINED:
         return HeadFiles(name, None, in_model=False)
     if name is None:
-        folder = Path(model.source) / "weak_head"
-        return _head_files(str(folder), folder, model) if folder.is_dir() else None
+        return _own_head(model)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         controls = ", ".join(UNTRAINED)
         raise ConfigError(f"head must be a folder that exists or one of {controls}, got {name!r}")
-    return _head_files(name, folder, model)
+    return _head_files(name, str(folder), "", model)
 
 
-def _head_files(name: str, folder: Path, model: ModelFiles) -> HeadFiles:
-    """Read a head's config and check it against the model's."""
+def _own_head(model: ModelFiles) -> HeadFiles | None:
+    """Return the head that the model's index names, or that lies beside a folder's parts."""
+    index = _read(model.name, model.source, "model_index.json")
+    loaded = (index.get("weak_head") or [None])[0] is not None
+    if not loaded and not (Path(model.source) / "weak_head").is_dir():
+        return None
+    name = f"{model.source}/weak_head"
+    return replace(_head_files(name, model.source, "weak_head/", model), own=loaded)
+
+
+def _head_files(name: str, source: str, inside: str, model: ModelFiles) -> HeadFiles:
+    """Read a head's config, `inside` a folder or repository, and check it against the model's."""
     from core2_sampler.weak_heads import HEADS
 
-    config = _read(name, str(folder), "config.json", kind="weak head")
+    file = _find_file(name, source, f"{inside}config.json", kind="weak head")
+    config = _read_json(file)
     classes = {HEADS.get(key).__name__: HEADS.get(key) for key in HEADS.names()}
     made_by = config.get("_class_name")
     if made_by not in classes:
@@ -247,30 +272,40 @@ def _head_files(name: str, folder: Path, model: ModelFiles) -> HeadFiles:
                 f"head must have the {key} {wanted!r} of {model.name}, "
                 f"got {config.get(key)!r} in {name}"
             )
-    scales = config.get("scale_range")
+    scales, kind = config.get("scale_range"), classes[made_by]
+    scale = config.get("reference_scale")
+    pairs = model.family == "sdxl" and kind.needs_features  # its tokens are 2 x 2 latents
     return HeadFiles(
         name,
-        folder,
-        classes[made_by].in_model,
-        config.get("reference_scale", _collected_scale(folder)),
+        file.parent,
+        kind.in_model,
+        _collected_scale(name, source, f"{inside}card.json") if scale is None else scale,
         (float(scales[0]), float(scales[1])) if scales else None,
         # The released SD3.5 head reads the empty prompt in its place.
         bool(config.get("released")) and model.family == "sdxl",
+        2 * model.pixels if pairs else 1,
     )
 
 
-def _collected_scale(folder: Path) -> float | None:
-    """Return the highest guidance scale of the data that a head's card names, if it has one."""
-    if not (folder / "card.json").is_file():
-        return None
-    data = _read_json(folder / "card.json").get("data", {})
+def _collected_scale(name: str, source: str, path: str) -> float | None:
+    """Return the median guidance scale of the data that a head's card names, if it has one."""
+    try:
+        file = _find_file(name, source, path, kind="weak head")
+    except ConfigError:
+        return None  # a card is not needed
+    data = _read_json(file).get("data", {})
     parts = [data, *data.get("rounds", {}).values()]
     scales = [scale for part in parts for scale in part.get("guidance_scales", [])]
-    return max(scales, default=None)
+    return statistics.median(scales) if scales else None
 
 
-def _read(name: str, source: str, path: str, kind: str = "diffusers model") -> dict[str, Any]:
-    """Read a JSON file of a folder or hub repository."""
+def _read(name: str, source: str, path: str) -> dict[str, Any]:
+    """Read a JSON file of a folder or hub repository that is a model."""
+    return _read_json(_find_file(name, source, path, kind="diffusers model"))
+
+
+def _find_file(name: str, source: str, path: str, *, kind: str) -> Path:
+    """Return a file of a folder, or of a hub repository in the local cache."""
     file = Path(source) / path
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
@@ -283,7 +318,7 @@ def _read(name: str, source: str, path: str, kind: str = "diffusers model") -> d
             raise ConfigError(f"{name} must be a {kind} with {path}: {reason}") from error
     if not file.is_file():
         raise ConfigError(f"{name} is not a {kind}: it has no {path}")
-    return _read_json(file)
+    return file
 
 
 def _read_json(file: Path) -> dict[str, Any]:

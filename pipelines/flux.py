@@ -34,6 +34,7 @@ from core2_sampler.pipelines.flux_call import (
     check_call,
     fill_negatives,
     latent_size,
+    warn_unguided,
 )
 from core2_sampler.pipelines.loop import Run, check_head, reads_negative
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
@@ -159,6 +160,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
         check_head(head, plan, self.family.denoiser(self))
         check_cache(self.transformer, plan)
+        warn_unguided(config, plan)
         fill_negatives(self, call, plan)
         self._begin(call, plan)
         embeds, split = self._encode(call, plan)

@@ -10,7 +10,7 @@ from typing import Any
 from core2_sampler.pipelines.adapters.flux import square_size
 from core2_sampler.pipelines.calls import check_steps, count_images
 from core2_sampler.pipelines.loop import reads_negative
-from core2_sampler.plan import Plan
+from core2_sampler.plan import Core2Config, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,15 @@ def fill_negatives(pipe: Any, call: SimpleNamespace, plan: Plan) -> None:
                 f"{name} must be one text or one for each of the {call.prompts} prompts, "
                 f"got {len(texts)}"
             )
+
+
+def warn_unguided(config: Core2Config, plan: Plan) -> None:
+    """Log a warning if a config asks for guidance that the scale, 1 by default, turns off."""
+    if config.mode != "cond" and all(step.guidance_scale <= 1 for step in plan.steps):
+        logger.warning(
+            "true_cfg_scale must be above 1 for guidance, got %g: every step runs the prompt alone",
+            plan.steps[0].guidance_scale,
+        )
 
 
 def _fill_size(pipe: Any, call: SimpleNamespace) -> None:

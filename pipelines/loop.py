@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
-from core2_sampler.guidance import Adjust, Prompts, make_predict
+from core2_sampler.guidance import Adjust, Prompts, Stamp, make_predict, stamp
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.plan import Plan
 from core2_sampler.samplers import sample_scheduler
@@ -47,7 +47,7 @@ class Run:
     empty: Conditioning | None = None
     finite: Tensor = field(init=False)
     _paired: bool = field(init=False)
-    _prompts: tuple[dict[str, Tensor], Prompts] | None = None
+    _prompts: tuple[dict[str, Tensor], Stamp, Prompts] | None = None
 
     def __post_init__(self) -> None:
         """Start with a clean record."""
@@ -61,14 +61,18 @@ class Run:
 
     def prompts(self) -> Prompts:
         """Return (cond, uncond) as they are now."""
-        before = self._prompts
-        if before is None or any(before[0][name] is not self.embeds[name] for name in self.embeds):
-            before = self._prompts = (dict(self.embeds), self.split(self.embeds))
-        return before[1]
+        known, now = self._prompts, stamp(*self.embeds.values())
+        if known is None or known[1] != now:
+            known = self._prompts = (dict(self.embeds), now, self.split(self.embeds))
+        return known[2]
 
 
 Observer = Callable[[Run, Denoiser, Predict], Predict]
 """``predict = observer(run, denoiser, predict)``: sees all of a run, changes nothing."""
+
+
+class NonFiniteError(RuntimeError):
+    """The latents became nan or inf."""
 
 
 class _Interrupted(Exception):
@@ -130,7 +134,7 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         The final latents, or those at the interrupt.
 
     Raises:
-        RuntimeError: the latents became nan or inf; found after the loop, so that no step waits.
+        NonFiniteError: the latents became nan or inf; found after the loop, so that no step waits.
     """
     head = pipe.weak_head if run.plan.needs_head else None
     schedule = run.schedule
@@ -195,6 +199,9 @@ def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
         edited = call.callback_on_step_end(pipe, i, run.schedule.timesteps[i], wanted)
         x = edited.pop("latents", x)
         run.embeds = {name: edited.pop(name, old) for name, old in run.embeds.items()}
+        if any(tensor.is_inference() for tensor in run.embeds.values()):
+            # An edit in place leaves no trace there: new tensors are read anew.
+            run.embeds = {name: tensor.clone() for name, tensor in run.embeds.items()}
     last = i + 1 == len(plan)
     # A scale that a callback has set is not the plan's, and stays.
     if not last and getattr(pipe, _scale_name(pipe)) == plan.steps[i].guidance_scale:
@@ -222,7 +229,7 @@ def _check_finite(run: Run) -> None:
     if bool(run.finite.all()):
         return
     i = int((~run.finite).nonzero()[0])
-    raise RuntimeError(
+    raise NonFiniteError(
         f"latents must stay finite, got nan or inf after step {i} of {len(run.plan)} "
         f"(sigma {float(run.schedule.sigmas[i]):.4g}): try a lower guidance scale or a wider dtype"
     )

@@ -196,7 +196,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
             call.generator,
             call.latents,
         )
-        self._encode_image(call)
+        self._encode_image(call, plan)
         extra = {"joint_attention_kwargs": self.joint_attention_kwargs}
 
         def split(embeds: Mapping[str, Tensor]) -> Prompts:
@@ -247,13 +247,14 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def _encode_image(self, call: SimpleNamespace) -> None:
+    def _encode_image(self, call: SimpleNamespace, plan: Plan) -> None:
         """Put the IP-Adapter's image embeddings where the stock call puts them."""
         image, embeds = call.ip_adapter_image, call.ip_adapter_image_embeds
         if embeds is None and (image is None or not self.is_ip_adapter_active):
             return
+        guided = any(step.guidance_scale > 1 for step in plan.steps)
         embeds = self.prepare_ip_adapter_image_embeds(
-            image, embeds, self._execution_device, call.batch, self.do_classifier_free_guidance
+            image, embeds, self._execution_device, call.batch, guided
         )
         given = call.joint_attention_kwargs or {}
         self._joint_attention_kwargs = {**given, "ip_adapter_image_embeds": embeds}

@@ -17,6 +17,7 @@ from diffusers.pipelines import auto_pipeline
 from core2_sampler.pipelines.adapters.base import Family
 from core2_sampler.pipelines.loop import Observer, run_loop
 from core2_sampler.plan import Core2Config, Plan
+from core2_sampler.trajectory import write_atomic
 from core2_sampler.types import Conditioning, Denoiser
 
 
@@ -99,18 +100,6 @@ def from_pipe_as_is(cls: Any, stock_class: Any, pipeline: Any, kwargs: dict[str,
     pipe = from_pipe(uncast, pipeline, **kwargs)
     pipe.__class__ = cls
     return pipe
-
-
-def rename_index(file: Path, class_name: str) -> None:
-    """Write another ``_class_name`` into a saved ``model_index.json``.
-
-    Args:
-        file: the JSON file.
-        class_name: of the stock class, so that the folder loads for everyone.
-    """
-    index = json.loads(file.read_text(encoding="utf-8"))
-    index["_class_name"] = class_name
-    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def register_auto(cls: Any, stock_class: Any) -> None:
@@ -211,16 +200,13 @@ class CoRe2Mixin:
         """
         return from_pipe_as_is(cls, cls.stock_class, pipeline, kwargs)
 
-    def save_config(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Save ``model_index.json`` under the stock class name: the folder loads for everyone.
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write ``model_index.json`` under the stock class name: the folder loads for everyone.
 
         Args:
-            save_directory: the folder.
-            push_to_hub: as the stock method.
-            **kwargs: as the stock method.
+            json_file_path: the file.
         """
-        pipe: Any = super()
-        pipe.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        rename_index(Path(save_directory) / "model_index.json", self.stock_class.__name__)
+        pipe: Any = self
+        index = json.loads(pipe.to_json_string()) | {"_class_name": self.stock_class.__name__}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_atomic(Path(json_file_path), text.encode())

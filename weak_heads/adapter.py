@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from core2_sampler.types import Denoiser
 from core2_sampler.weak_heads.base import WeakHead
+from core2_sampler.weak_heads.compiled import notice_hooks
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -132,6 +133,7 @@ class AdapterHead(WeakHead):
                     f"the layer {name} must be called by the denoiser, got fused projections: call "
                     "unfuse_qkv_projections() first"
                 )
+        notice_hooks()
         self._attached = True
         try:
             for name in self.config.layers:

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from torch.nn import functional as F
 
+from core2_sampler.guidance import Stamp, stamp
 from core2_sampler.precision import wide
 from core2_sampler.types import Conditioning, Denoiser
 from core2_sampler.weak_heads.base import WeakHead, network_config, sdxl_pooled_dim
@@ -94,7 +95,7 @@ class OfficialHead(WeakHead):
             lora_rank,
         )
         self._negative: tuple[Tensor, Tensor] | None = None
-        self._factors: tuple[Tensor, Tensor, PromptFactors] | None = None
+        self._factors: tuple[Tensor, Tensor, Stamp, PromptFactors] | None = None
         self._table: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -121,11 +122,6 @@ class OfficialHead(WeakHead):
             "lora_rank": max(1, release.lora_rank * num_heads // 24),
             "reference_scale": release.reference_scale,
         }
-
-    @property
-    def z_core_scale(self) -> float | None:
-        """Guidance scale of z-core's last evaluation; None is the call's own."""
-        return release_of(self.config.family).z_core_scale if self.config.upstream else None
 
     @property
     def needs_negative(self) -> Literal["call", "empty"] | None:
@@ -214,8 +210,8 @@ class OfficialHead(WeakHead):
 
     def _describe(self, prompt_embeds: Tensor, pooled: Tensor) -> PromptFactors:
         """Return the factors of a prompt; those of the latest are kept, as steps share it."""
-        known = self._factors
-        if known is None or known[0] is not prompt_embeds or known[1] is not pooled:
+        known, now = self._factors, stamp(prompt_embeds, pooled)
+        if known is None or known[2] != now:
             config = self.config
             tokens = self._fill(prompt_embeds)
             negative, negative_pooled = self._negative_of(tokens, pooled)
@@ -224,8 +220,8 @@ class OfficialHead(WeakHead):
                 pairs = [pair[::-1] for pair in pairs]
             both, both_pooled = (torch.cat(pair, dim=1) for pair in pairs)
             factors = factorise(both, both_pooled, upstream=config.upstream)
-            known = self._factors = (prompt_embeds, pooled, factors)
-        return known[2]
+            known = self._factors = (prompt_embeds, pooled, now, factors)
+        return known[3]
 
     def _negative_of(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         if self._negative is not None:

@@ -22,8 +22,6 @@ class Release:
         lora_rank: of each.
         reference_scale: guidance scale that the authors sample with; that of the training is not
             published.
-        z_core_scale: guidance scale that the released z-core has hard-coded for the last
-            evaluation of a step; None is the call's own.
     """
 
     tokens: int
@@ -31,12 +29,11 @@ class Release:
     num_slots: int
     lora_rank: int
     reference_scale: float
-    z_core_scale: float | None
 
 
 RELEASES = {
-    "sd3": Release(77 + 256, 8, 28, 64, 3.5, 3.5),
-    "sdxl": Release(77, 4, 50, 48, 5.5, None),
+    "sd3": Release(77 + 256, 8, 28, 64, 3.5),
+    "sdxl": Release(77, 4, 50, 48, 5.5),
 }
 """The released networks by family."""
 

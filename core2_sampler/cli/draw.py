@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from PIL.Image import Image
 
 from core2_sampler.cli.console import print_table, progress_bars
 from core2_sampler.cli.generate import GenerateConfig, Job
 from core2_sampler.cli.images import captioned, file_stem, grid, save_image
 from core2_sampler.cli.loading import load_model, load_weak_head
+from core2_sampler.config import user_input
 from core2_sampler.info import environment
 from core2_sampler.nfe import count_nfe
+from core2_sampler.pipelines.loop import NonFiniteError
 from core2_sampler.plan import Core2Config, Plan, Step
 
 Advance = Callable[[int], None]
@@ -65,7 +69,8 @@ class Studio:
             seconds = (time.perf_counter() - start) / len(batch)
             for image, seed in zip(images, batch, strict=True):
                 counted = {"nfe": counter.per_sample(len(batch)), "seconds": round(seconds, 4)}
-                drawn.append(Drawn(image, self.record(arm, prompt, seed) | counted))
+                plan = self.pipe.core2_plan or arm.plan  # the run's own, where it has one
+                drawn.append(Drawn(image, self.record(arm, plan, prompt, seed) | counted))
         return drawn
 
     def run(
@@ -110,10 +115,9 @@ class Studio:
                 core2 = replace(core2, slow_steps=1)  # one step of each kind
             self.run(core2, self.config.prompts[0], seeds, 2, lambda count: None)
 
-    def record(self, arm: Arm, prompt: str, seed: int) -> dict[str, Any]:
+    def record(self, arm: Arm, plan: Plan, prompt: str, seed: int) -> dict[str, Any]:
         """Return all that decides an image."""
-        config, job = self.config, self.job
-        steps = arm.plan.steps
+        config, job, steps = self.config, self.job, plan.steps
         slow = [i for i, step in enumerate(steps) if step.kind in ("cfg", "slow")]
         return {
             "prompt": prompt,
@@ -142,8 +146,32 @@ def draw(config: GenerateConfig, job: Job) -> None:
         pipe.register_modules(weak_head=load_weak_head(job.head, pipe))
     studio, arms = Studio(pipe, config, job), _arms(config, job)
     config.output.mkdir(parents=True, exist_ok=True)
+    with _errors_in_one_line():
+        if config.compare:
+            studio.warm_up(arms)
+        rows = _draw_all(studio, arms)
+    sheets = [grid([[each.image for each in row] for row in rows[arm.mode]]) for arm in arms]
+    sheets[-1].save(config.output / "grid.png")
+    summaries = [_summary(rows[arm.mode]) for arm in arms]
     if config.compare:
-        studio.warm_up(arms)
+        captions = ["{mode}: NFE {nfe}, {seconds:.2f} s".format(**each) for each in summaries]
+        captioned(sheets, captions).save(config.output / "compare.png")
+    _report(summaries, config)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Report what the pipeline refuses as bad input, and what it fails on as a failure."""
+    try:
+        with user_input():
+            yield
+    except NonFiniteError as error:
+        raise typer.TyperException(str(error)) from error
+
+
+def _draw_all(studio: Studio, arms: Sequence[Arm]) -> dict[str, list[list[Drawn]]]:
+    """Draw and save; return the images of each prompt, by arm."""
+    config = studio.config
     rows: dict[str, list[list[Drawn]]] = {arm.mode: [] for arm in arms}
     total = len(config.prompts) * config.num_images * config.steps
     with progress_bars({arm.mode: total for arm in arms}) as bars:
@@ -152,13 +180,7 @@ def draw(config: GenerateConfig, job: Job) -> None:
                 drawn = studio.draw(arm, prompt, partial(bars.advance, arm.mode))
                 rows[arm.mode].append(drawn)
                 _save(drawn, config.output)
-    sheets = [grid([[each.image for each in row] for row in rows[arm.mode]]) for arm in arms]
-    sheets[-1].save(config.output / "grid.png")
-    summaries = [_summary(rows[arm.mode]) for arm in arms]
-    if config.compare:
-        captions = ["{mode}: NFE {nfe}, {seconds:.2f} s".format(**each) for each in summaries]
-        captioned(sheets, captions).save(config.output / "compare.png")
-    _report(summaries, config)
+    return rows
 
 
 def _arms(config: GenerateConfig, job: Job) -> list[Arm]:

@@ -106,12 +106,18 @@ def check(config: GenerateConfig) -> Job:
     if scale is None:
         named = head.reference_scale if head is not None else None
         scale = model.guidance_scale if named is None else named
+        if scale <= 1 and config.mode != "cond":
+            raise ConfigError(
+                f"guidance_scale must be given for {model.name}, whose stock call does not guide, "
+                "got none: try 4, or take --mode cond"
+            )
     with user_input():
         device = pick_device(config.device)
         plan = core2.plan(config.steps, scale, head is not None and head.in_model)
     check_plan(config, plan, head)
     if head is not None and plan.needs_head:
         head.check_scale(scale)
+        head.check_size(height, width)
     used = head if plan.needs_head else None
     tokens = model.check_tokens(config.max_sequence_length)
     return Job(model, used, core2, plan, scale, height, width, tokens, device)

@@ -43,7 +43,9 @@ def load_model(model: ModelFiles, device: str, dtype: Dtype = "auto") -> Any:
 
 
 def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
-    """Load a head next to a loaded pipeline, and check that it fits the denoiser's layers.
+    """Return a head for a loaded pipeline, once it is known to fit the denoiser's layers.
+
+    The model's own is that of the pipeline, in its dtype; any other is loaded, in its own dtype.
 
     Raises:
         ConfigError: if it was made for another model of the family.
@@ -52,7 +54,9 @@ def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
 
     denoiser = pipe.family.denoiser(pipe)
     with user_input():
-        if files.folder is None:
+        if files.own:
+            head = pipe.weak_head
+        elif files.folder is None:
             head = HEADS.get(files.name).for_denoiser(denoiser)
         else:
             head = load_head(files.folder)

@@ -11,8 +11,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from core2_sampler.guidance import Prompts
+from core2_sampler.guidance import Prompts, stamp
 from core2_sampler.types import Denoiser, OnStep, Predict
+from core2_sampler.weak_heads.compiled import notice_hooks
 
 Solver = Callable[..., Tensor]
 """``solver(predict, x, sigmas, on_step=)``: one of `core2_sampler.samplers`."""
@@ -67,15 +68,17 @@ class Schedule:
         return x if self.latent_scale is None else x / float(self.latent_scale[i])
 
     def around(self, on_step: OnStep) -> OnStep:
-        """Let ``on_step(i, latents)`` see and replace the pipeline's latents, not ours."""
+        """Let ``on_step(i, latents)`` see, edit and replace the pipeline's latents, not ours."""
         if self.latent_scale is None and self.pack is unchanged:
             return on_step
 
         def converted(i: int, x: Tensor) -> Tensor | None:
             seen = self.to_pipeline(x, i + 1)
+            before = stamp(seen)
             replaced = on_step(i, seen)
-            if replaced is None or replaced is seen:
-                return None
+            replaced = seen if replaced is None else replaced
+            if stamp(replaced) == before and not seen.is_inference():
+                return None  # a way there and back would round
             return self.from_pipeline(replaced, i + 1)
 
         return converted
@@ -157,6 +160,29 @@ def draw_noise(
     )
 
 
+def draw_noise_of_size(
+    pipe: Any,
+    network: Any,
+    generators: Sequence[torch.Generator],
+    height: int | None,
+    width: int | None,
+) -> Tensor:
+    """Return unit noise for a network that takes [B, C, H, W], as the stock call draws it.
+
+    Args:
+        pipe: tells the device, the default size and the pixels to one latent.
+        network: tells C and the dtype.
+        generators: one an image.
+        height: px; None is the model's own.
+        width: px; None is the model's own.
+    """
+    sides = [
+        pixels // pipe.vae_scale_factor if pixels else pipe.default_sample_size
+        for pixels in (height, width)
+    ]
+    return draw_noise(pipe, generators, (network.config.in_channels, *sides), network.dtype)
+
+
 @contextmanager
 def capture_input(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Record what a layer is given.
@@ -177,6 +203,7 @@ def capture_input(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
             raise RuntimeError("features must be read after a pass of the denoiser, got none")
         return latest[0]
 
+    notice_hooks()
     handle = layer.register_forward_pre_hook(hook)
     try:
         yield read

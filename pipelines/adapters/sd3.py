@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core2_sampler.guidance import Prompts
-from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise
+from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise_of_size
 from core2_sampler.pipelines.adapters.flow import flow_schedule, shift_of_size
 from core2_sampler.types import Conditioning
 
@@ -107,12 +107,7 @@ class SD3Family:
         width: int | None = None,
     ) -> Tensor:
         """Draw the initial latents that the stock call would draw, one generator an image."""
-        channels, *size = self.latent_shape(pipe)
-        sides = [
-            pixels // pipe.vae_scale_factor if pixels else side
-            for pixels, side in zip((height, width), size, strict=True)
-        ]
-        return draw_noise(pipe, generators, (channels, *sides), pipe.transformer.dtype)
+        return draw_noise_of_size(pipe, pipe.transformer, generators, height, width)
 
     def schedule(
         self,

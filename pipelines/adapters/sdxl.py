@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core2_sampler.guidance import Prompts
-from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise
+from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise_of_size
 from core2_sampler.pipelines.adapters.discrete import Clock, discrete_schedule, eps_from_v
 from core2_sampler.precision import wide
 from core2_sampler.types import Conditioning
@@ -147,12 +147,7 @@ class SDXLFamily:
         width: int | None = None,
     ) -> Tensor:
         """Draw the initial latents that the stock call would draw, one generator an image."""
-        channels, *size = self.latent_shape(pipe)
-        sides = [
-            pixels // pipe.vae_scale_factor if pixels else side
-            for pixels, side in zip((height, width), size, strict=True)
-        ]
-        return draw_noise(pipe, generators, (channels, *sides), pipe.unet.dtype)
+        return draw_noise_of_size(pipe, pipe.unet, generators, height, width)
 
     def schedule(
         self,

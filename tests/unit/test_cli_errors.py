@@ -11,9 +11,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from core2_sampler.cli import COMMANDS, main
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.weak_heads import HEADS
 
 
@@ -23,6 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli")
     pipe = tiny_sd3_pipeline()
     pipe.save_pretrained(root / "model")
+    tiny_flux_pipeline().save_pretrained(root / "flux")
     denoiser = pipe.family.denoiser(pipe)
     HEADS.get("tap").for_denoiser(denoiser).save_pretrained(root / "tap")
     adapter = HEADS.get("adapter").for_denoiser(denoiser, scale_range=(2.0, 5.0))
@@ -36,7 +38,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "model", root / "video")
     edited_copy(root / "model/model_index.json", root / "video", _class_name="WanPipeline")
     (root / "file").write_text("x")
+    save_sdxl(root)
     return root
+
+
+def save_sdxl(root: Path) -> None:
+    """Write the configs of a model of 8 px to a latent, and of heads that do and do not pair."""
+    pipe = tiny_sdxl_pipeline()
+    pipe.save_config(root / "sdxl")
+    pipe.unet.save_config(root / "sdxl/unet")
+    pipe.vae.save_config(root / "sdxl/vae")
+    edited_copy(root / "sdxl/vae/config.json", root / "sdxl/vae", block_out_channels=[8] * 4)
+    denoiser = pipe.family.denoiser(pipe)
+    HEADS.get("tap").for_denoiser(denoiser).save_config(root / "sdxl-tap")
+    HEADS.get("cond").for_denoiser(denoiser).save_config(root / "sdxl-cond")
 
 
 def edited_copy(file: Path, folder: Path, **changes: object) -> None:
@@ -91,6 +106,12 @@ GENERATE = [
     (["--head", "{0}/sdxl-head"], "head must have the family 'sd3'"),
     (["--head", "{0}/wide-head"], "head must have the latent_channels 4"),
     (["--head", "{0}/adapter", "--guidance-scale", "9"], "must be from 2 to 5"),
+    (["--model", "{0}/flux"], "guidance_scale must be given for {0}/flux"),
+    (["--model", "{0}/flux", "--mode", "cfg"], "guidance_scale must be given for {0}/flux"),
+    (
+        ["--model", "{0}/sdxl", "--head", "{0}/sdxl-tap", "--height", "72"],
+        "height and width must be multiples of 16 for the head {0}/sdxl-tap, got 72 and 64",
+    ),
     (["--head", "{0}/tap", "--mode", "cfg"], "head has no effect in mode 'cfg'"),
     (["--head", "{0}/tap", "--negative-prompt", "x"], "negative_prompt has no effect"),
     (["--head", "{0}/tap", "--w2s-scale", "2"], "w2s_scale has no effect without slow steps"),
@@ -173,6 +194,32 @@ def test_a_damaged_config_file_is_named(folders: Path, capsys: pytest.CaptureFix
     (damaged / "vae/config.json").write_text("{")
     error = error_of(["generate", "a", "--model", str(damaged), "--mode", "cfg"], capsys)
     assert "damaged/vae/config.json must be a JSON file" in error
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "text"),
+    [
+        ("weights", 1, "latents must stay finite, got nan or inf after step 0 of 2"),
+        ("scheduler", 2, "prediction_type"),
+    ],
+)
+def test_what_a_pipeline_refuses_or_fails_on_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str, code: int, text: str
+):
+    pipe = tiny_sdxl_pipeline(**{"prediction_type": "sample"} if broken == "scheduler" else {})
+    if broken == "weights":
+        torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
+    pipe.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main(
+            ["generate", "a", "--model", str(tmp_path / "model"), "--mode", "cfg", "--steps", "2"]
+            + ["-o", str(tmp_path / "out")]
+        )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("core2: error: ")
+    assert text in error
+    assert done.value.code == code
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -623,6 +624,19 @@ def edit_embeds(pipe, i, t, tensors):
     return edited
 
 
+def edit_latents_in_place(pipe, i, t, tensors):
+    tensors["latents"].mul_(0.9)
+    return {}
+
+
+def edit_embeds_in_place(pipe, i, t, tensors):
+    tensors["prompt_embeds"].mul_(0.5 if i == 1 else 1)
+    return tensors
+
+
+IN_PLACE = [edit_latents_in_place, edit_embeds_in_place]
+
+
 def edit_scale(pipe, i, t, tensors):
     if i == 1:
         pipe._guidance_scale = 2.0
@@ -641,7 +655,7 @@ def stop(pipe, i, t, tensors):
     return tensors
 
 
-@pytest.mark.parametrize("edit", [edit_latents, edit_embeds, edit_scale, cut_off])
+@pytest.mark.parametrize("edit", [edit_latents, edit_embeds, edit_scale, cut_off, *IN_PLACE])
 def test_callbacks_that_edit_act_as_in_the_stock_pipeline(case, edit):
     if edit in (edit_scale, cut_off):
         case.needs("live scale")
@@ -653,6 +667,16 @@ def test_callbacks_that_edit_act_as_in_the_stock_pipeline(case, edit):
     ours = case.sample(pipe, core2=CFG, **options)
     close(ours, case.sample(case.stock_of(pipe), **options))
     assert far(ours, case.sample(pipe, core2=CFG))
+
+
+@pytest.mark.parametrize("edit", IN_PLACE)
+def test_edits_in_place_act_in_inference_mode_too(case, edit):
+    """Tensors made in this mode do not count their edits."""
+    names = {"callback_on_step_end_tensor_inputs": list(case.names)}
+    with torch.inference_mode():
+        ours = case.sample(case.pipe(), core2=CFG, callback_on_step_end=edit, **names)
+        stock = case.sample(case.stock_of(case.pipe()), callback_on_step_end=edit, **names)
+    close(ours, stock)
 
 
 @pytest.mark.parametrize("edit", [edit_latents, edit_embeds, edit_scale, cut_off, stop])
@@ -779,6 +803,22 @@ def test_save_and_load_keep_the_head_inside(case, make, tmp_path):
         stock = stock_class.from_pretrained(tmp_path, **case.missing)
         assert type(stock) is case.stock_class
         assert torch.equal(case.sample(stock), case.sample(pipe))
+
+
+def test_an_index_that_is_uploaded_names_the_stock_class(case, tmp_path, monkeypatch):
+    """The folder is what the upload would take; only the hub itself is left out."""
+    sent = []
+    monkeypatch.setattr(diffusers.configuration_utils, "create_repo", lambda *_a, **_k: Repo)
+    pipe = case.pipe()
+    pipe._upload_folder = lambda folder, *_args, **_kwargs: sent.extend(
+        (file.name, json.loads(file.read_text())["_class_name"]) for file in Path(folder).iterdir()
+    )
+    pipe.save_config(str(tmp_path), push_to_hub=True)
+    assert sent == [("model_index.json", case.stock)]
+
+
+class Repo:
+    repo_id = "owner/name"
 
 
 def test_a_stock_folder_loads_without_and_with_a_head(case, tmp_path):

@@ -301,3 +301,17 @@ def test_a_fast_plan_needs_no_uncond(world):
     head = GapHead(denoiser, uncond)
     predict = make_predict(denoiser, sigmas, make_plan("core", N, SCALE), cond, None, head)
     torch.testing.assert_close(sample_euler(predict, x, sigmas), cfg(world), atol=1e-12, rtol=0)
+
+
+def test_an_edit_of_the_prompt_in_place_reaches_both_passes():
+    """Truth: a closure that is made after the edit."""
+    denoiser = GaussianDenoiser()
+    sides = [Conditioning(torch.zeros(2, 3, 1), torch.full((2, 4), v)) for v in (1.0, 0.2)]
+    x = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigmas, plan = torch.tensor([0.9, 0.5, 0.0]), make_plan("cfg", 2, 3.0)
+    predict = make_predict(denoiser, sigmas, plan, *sides)
+    before = predict(x, 0)
+    sides[0].pooled.mul_(2)
+    after = predict(x, 0)
+    assert torch.equal(after, make_predict(denoiser, sigmas, plan, *sides)(x, 0))
+    assert not torch.allclose(after, before)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
+import huggingface_hub
 import pytest
 
 from core2_sampler import testing
+from core2_sampler.cli.loading import load_weak_head
 from core2_sampler.config import ConfigError
-from core2_sampler.model_files import EMBEDDED, FAMILIES, find_model
-from core2_sampler.pipelines.auto import PIPELINES
+from core2_sampler.model_files import EMBEDDED, FAMILIES, find_head, find_model
+from core2_sampler.pipelines.auto import PIPELINES, load_pipeline
 from core2_sampler.shapes import MODELS
+from core2_sampler.weak_heads.tap import TapHead
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,3 +65,45 @@ def test_without_a_head_the_scale_is_that_of_the_stock_call(saved):
 
 def test_the_embedded_models_are_those_that_are_here():
     assert set(EMBEDDED.values()) == {f for f in FAMILIES if (MODELS / f).is_dir()}
+
+
+@pytest.fixture
+def with_head(tmp_path):
+    """Return the configs of a model with a head of its own."""
+    pipe = testing.tiny_sd3_pipeline()
+    head = TapHead.for_denoiser(pipe.family.denoiser(pipe))
+    pipe.register_modules(weak_head=head)
+    pipe.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_models_own_head_is_the_one_of_its_pipeline(with_head):
+    head = find_head(None, find_model(str(with_head)))
+    assert head.own and head.folder == with_head / "weak_head"
+    pipe = load_pipeline(with_head)
+    assert load_weak_head(head, pipe) is pipe.weak_head
+    named = find_head(str(with_head / "weak_head"), find_model(str(with_head)))
+    assert not named.own
+    assert load_weak_head(named, pipe) is not pipe.weak_head
+
+
+def test_a_hub_models_own_head_is_found(with_head, tmp_path, monkeypatch):
+    """A repository in the cache of the hub's own client, which is then kept off the network."""
+    cache, commit = tmp_path / "cache", "0" * 40
+    repository = cache / "models--owner--model"
+    shutil.copytree(with_head, repository / "snapshots" / commit, ignore=lambda *_: ["cache"])
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = replace(find_model(str(with_head)), source="owner/model", name="owner/model")
+    head = find_head(None, model)
+    assert head.own and not head.in_model and head.name == "owner/model/weak_head"
+
+
+def test_the_default_scale_is_the_median_of_those_collected(with_head):
+    card = {
+        "data": {"rounds": {"0": {"guidance_scales": [2.0, 3.0]}, "1": {"guidance_scales": [9.0]}}}
+    }
+    (with_head / "weak_head/card.json").write_text(json.dumps(card))
+    assert find_model(str(with_head)).guidance_scale == 3.0

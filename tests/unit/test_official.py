@@ -349,13 +349,6 @@ def test_rounding_of_the_released_slots():
         assert [upstream_slot(i, n, 28) for i in range(n)] == [i * 28 // n for i in range(n)]
 
 
-def test_upstream_tells_the_scale_of_z_core(checkpoint):
-    family, state, _ = checkpoint
-    assert official_from(state).z_core_scale is None
-    wanted = {"sd3": 3.5, "sdxl": None}
-    assert official_from(state, upstream=True).z_core_scale == wanted[family]
-
-
 @both_families
 def test_what_is_not_exactly_the_layout_is_refused(family):
     good = SMALL[family].on_meta()

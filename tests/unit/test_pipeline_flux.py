@@ -568,3 +568,12 @@ def test_ip_adapter_images_leave_the_callers_arguments_alone():
     mine = {"scale": 1.0}
     sample(pipe, core2=CFG, joint_attention_kwargs=mine, **IMAGES["both embeds"])
     assert mine == {"scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("scale", "mode", "warned"), [(1.0, "cfg", 1), (1.0, "cond", 0), (4.0, "cfg", 0)]
+)
+def test_a_scale_that_turns_guidance_off_is_reported(scale, mode, warned, caplog):
+    with caplog.at_level(logging.WARNING):
+        sample(tiny_flux_pipeline(), core2=Core2Config(mode=mode), true_cfg_scale=scale)
+    assert sum("true_cfg_scale must be above 1" in text for text in caplog.messages) == warned

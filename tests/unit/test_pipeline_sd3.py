@@ -322,3 +322,23 @@ def test_an_ip_adapter_image_is_that_of_the_stock_call():
     close(sample(pipe, core2="fast", **red), sample(stock, guidance_scale=1.0, **red))
     blue = sample(pipe, core2=CFG, ip_adapter_image=Image.new("RGB", (16, 16), "blue"))
     assert not torch.allclose(ours, blue, atol=1e-3)
+
+
+def test_ip_adapter_rows_stay_apart_where_guidance_begins_later():
+    """Truth: the stock call, guided from the start, whose first scale is 1 to a millionth."""
+    pipe = with_ip_adapter(tiny_sd3_pipeline())
+    image = 5 * torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+    def guide(pipe, i, t, tensors):
+        pipe._guidance_scale = SCALE
+        return tensors
+
+    scales = Core2Config(mode="cfg", guidance_scales=(1.0, *[SCALE] * 4))
+    ours = sample(pipe, core2=scales, ip_adapter_image_embeds=image)
+    stock = sample(
+        stock_of(pipe),
+        guidance_scale=1 + 1e-6,
+        callback_on_step_end=guide,
+        ip_adapter_image_embeds=image,
+    )
+    torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)

@@ -516,3 +516,13 @@ def test_sizes_not_given_are_those_of_the_latents():
         assert torch.equal(
             denoiser(x, torch.full((2,), 0.5), cond), denoiser(x, torch.full((2,), 0.5), given)
         )
+
+
+def test_scaled_latents_edited_in_place_are_those_of_the_stock_call():
+    def shrink(pipe, i, t, tensors):
+        tensors["latents"].mul_(0.9)
+        return tensors
+
+    off, schedule = compare(DDIMScheduler, DDIM, callback_on_step_end=shrink)
+    assert off < 1e-5
+    assert schedule.latent_scale is not None

@@ -144,8 +144,12 @@ class SceneProbe(nn.Module):
 
         Args:
             labels: [B, H, W]; a patch that holds several is each of them in part.
+
+        Raises:
+            RuntimeError: if there was no pass yet.
         """
-        assert self._tokens is not None
+        if self._tokens is None:
+            raise RuntimeError("the denoiser must run before its probe is read, got no pass yet")
         logits = self.head(self._tokens.float())
         side = round(logits.shape[1] ** 0.5)
         shares = F.one_hot(labels.long(), LABELS).float().unflatten(2, (side, -1))
@@ -153,18 +157,19 @@ class SceneProbe(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
 
 
-def _noised(flow: bool, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _noised(
+    signal: Tensor | None, x0: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (network input, time in 0..1000, what to predict) for clean latents.
 
-    Flow: the velocity at sigma from a logit-normal (arXiv 2403.03206); else the noise at a uniform
-    timestep of the variance-preserving schedule that SDXL has.
+    Without `signal` a flow: the velocity at sigma from a logit-normal (arXiv 2403.03206); else the
+    noise at a uniform timestep of the variance-preserving schedule with that ``alphas_cumprod``.
     """
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    if flow:
+    if signal is None:
         sigma = torch.sigmoid(torch.randn(len(x0), generator=generator)).to(x0.device)
         level = sigma[:, None, None, None]
         return (1 - level) * x0 + level * noise, 1000 * sigma, noise - x0
-    signal = models.sdxl_scheduler().alphas_cumprod
     time = torch.randint(len(signal), (len(x0),), generator=generator)
     level = signal[time].to(x0.device)[:, None, None, None]
     return level.sqrt() * x0 + (1 - level).sqrt() * noise, time.to(x0.device), noise
@@ -175,6 +180,7 @@ def denoiser_loss(
 ) -> Callable[[int], Tensor]:
     """Return the loss of a training step: the denoiser's squared error, and the probe's."""
     bank = LatentBank(vae, size=48_000, batch=128)
+    signal = None if recipe.flow else models.sdxl_scheduler().alphas_cumprod
     device = vae.device
 
     def loss(step: int) -> Tensor:
@@ -183,7 +189,7 @@ def denoiser_loss(
         batch = bank.draw(step, _BATCH // share)
         rng = random.Random(f"dropout/{step}")
         texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in batch.texts]
-        x, time, target = _noised(recipe.flow, batch.latents, torch.Generator().manual_seed(step))
+        x, time, target = _noised(signal, batch.latents, torch.Generator().manual_seed(step))
         with autocast(device):
             answer = recipe.call(probe.denoiser, x, time, encode(texts, length))
             named = probe(batch.labels)

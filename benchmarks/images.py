@@ -7,12 +7,8 @@ of its own; all of them are read.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from core2_sampler.benchmarks.geneval.aggregate import drop_torn_line
+from core2_sampler.benchmarks.lines import append_lines, digest_bytes, read_lines
 from core2_sampler.benchmarks.study import Case
 from core2_sampler.trajectory import write_atomic
 
@@ -110,27 +106,6 @@ class ImageStore:
 
     def _path(self, kind: str) -> Path:
         return self.folder / f"{kind}.{self.writer}.jsonl"
-
-
-def digest_bytes(data: bytes) -> str:
-    """Return the sha256 of bytes in hex digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add JSON lines to a file, durably; half a line that a killed writer left goes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drop_torn_line(path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of such a file; none if it is not there."""
-    data = path.read_bytes() if path.is_file() else b""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
 def _read_all(folder: Path, kind: str) -> list[dict[str, Any]]:

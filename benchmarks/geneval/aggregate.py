@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core2_sampler.benchmarks.lines import append_text
 from core2_sampler.trajectory import write_atomic
 
 _OFFICIAL = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
@@ -129,17 +129,7 @@ def write_results(path: Path, rows: Iterable[ResultRow]) -> None:
 
 def append_result(path: Path, row: ResultRow) -> None:
     """Add one row to a results file; a kill leaves at most a line without its end."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(row.line() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def drop_torn_line(path: Path) -> None:
-    """Remove the line without an end that a killed writer may have left."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        write_atomic(path, data[: data.rfind(b"\n") + 1])
+    append_text(path, row.line() + "\n")
 
 
 def _parse(line: str, where: str) -> ResultRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from PIL import Image, ImageOps
 from core2_sampler.benchmarks.geneval.aggregate import (
     ResultRow,
     append_result,
-    drop_torn_line,
     read_results,
 )
 from core2_sampler.benchmarks.geneval.layout import Sample, read_folder
@@ -27,6 +25,7 @@ from core2_sampler.benchmarks.geneval.rules import (
     judge_objects,
     keep_detections,
 )
+from core2_sampler.benchmarks.lines import digest_bytes, drop_torn_line
 
 PORT = "GenEval (HF port)"
 """What results of this judge are called: never a column with results of the official one."""
@@ -122,7 +121,7 @@ def judge_folder(
     results.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(results)
     done = {row.filename: row for row in read_results(results)} if results.exists() else {}
-    hashes = {sample.filename: _sha256(sample.path.read_bytes()) for sample in samples}
+    hashes = {sample.filename: digest_bytes(sample.path.read_bytes()) for sample in samples}
     _check_done(results, done, judge, samples, hashes)
     on_image = on_image or (lambda count: None)
     on_image(len(done))
@@ -169,9 +168,5 @@ def _judge_sample(sample: Sample, judge: GenEvalJudge) -> ResultRow:
         metadata=sample.prompt.metadata_line(),
         details=json.dumps(boxes),
         judge=judge.name,
-        sha256=_sha256(data),
+        sha256=digest_bytes(data),
     )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

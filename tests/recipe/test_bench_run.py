@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from core2_sampler.benchmarks.images import ImageStore, read_lines
+from core2_sampler.benchmarks.images import ImageStore
+from core2_sampler.benchmarks.lines import read_lines
 from core2_sampler.benchmarks.options import GenerateConfig, Judging, RunConfig, command_line
 from core2_sampler.benchmarks.runs import read_runs, store_of
 from core2_sampler.cli import main

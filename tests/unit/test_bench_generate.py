@@ -18,7 +18,8 @@ from PIL import Image
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import hash_pipeline
 from core2_sampler.benchmarks.generate import MAX_IN_A_ROW, fill_arm
-from core2_sampler.benchmarks.images import ImageStore, append_lines, digest_bytes, read_lines
+from core2_sampler.benchmarks.images import ImageStore
+from core2_sampler.benchmarks.lines import append_lines, digest_bytes, read_lines
 from core2_sampler.benchmarks.matching import match
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.shard import Shard

@@ -18,7 +18,7 @@ from PIL import Image
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.compare import comparisons, measure, measure_run
 from core2_sampler.benchmarks.export import export
-from core2_sampler.benchmarks.images import ImageStore, read_lines
+from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.judges import (
     Judge,
     asked,
@@ -28,6 +28,7 @@ from core2_sampler.benchmarks.judges import (
     load_judge,
     split_spec,
 )
+from core2_sampler.benchmarks.lines import read_lines
 from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.report_page import write_report
 from core2_sampler.benchmarks.report_render import Section, Table, html_page, latex, markdown

@@ -54,8 +54,9 @@ def test_it_sees_the_image_and_most_see_the_prompt(scorer, name):
     if name == "shapes":
         pytest.skip("noise is wrong for every caption; its verdicts have a test of their own")
     assert scorer.score(IMAGES, PROMPTS[:1] * 3).unique().numel() == 3
-    by_prompt = scorer.score(IMAGES[:1] * 3, PROMPTS).unique().numel()
-    assert by_prompt == (1 if name == "aes" else 3)
+    # One pair at a time: the rows of a batch may be rounded differently on several threads.
+    by_prompt = torch.cat([scorer.score(IMAGES[:1], [prompt]) for prompt in PROMPTS])
+    assert by_prompt.unique().numel() == (1 if name == "aes" else 3)
 
 
 def test_it_is_deterministic_and_leaves_the_random_state_alone(scorer, global_random_state):

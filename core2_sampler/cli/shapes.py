@@ -37,7 +37,7 @@ class TrainOptions:
         Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"
     )
     start: Path | None = option(
-        None, help="Folder of an SD3 pipeline whose networks are taken over, not made anew."
+        None, help="Folder of an SD3 pipeline (for clip: of `clip`) whose networks are taken over."
     )
     device: str = option("auto", help=DEVICE_HELP)
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from core2_sampler.reflect import resolve_precision
 from core2_sampler.shapes import models
-from core2_sampler.shapes.render import draw, label_map, render, scene_of
+from core2_sampler.shapes.render import draw, label_map, scene_of
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
 from core2_sampler.shapes.world import Prompt, training_prompt
 
@@ -41,9 +41,14 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def sample_images(step: int, prompts: list[Prompt]) -> Tensor:
-    """Render the images of a step, [B, 3, 64, 64] in [-1, 1]."""
-    return to_pixels([render(prompt, step * 4096 + i) for i, prompt in enumerate(prompts)])
+def sample_scenes(step: int, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """Return the images of a step, [B, 3, 64, 64] in [-1, 1], and what lies where.
+
+    The labels are those of ``label_map``, one for each pixel of the latents, [B, 16, 16].
+    """
+    scenes = [scene_of(prompt, step * 4096 + i) for i, prompt in enumerate(prompts)]
+    maps = [np.asarray(label_map(scene, models.LATENT_SIZE)) for scene in scenes]
+    return to_pixels([draw(scene) for scene in scenes]), torch.from_numpy(np.stack(maps))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -133,12 +138,9 @@ class LatentBank:
     def _grow(self) -> None:
         index = len(self._parts)
         prompts = sample_prompts("bank", index, self._batch)
-        scenes = [scene_of(prompt, index * 4096 + i) for i, prompt in enumerate(prompts)]
-        pixels = to_pixels([draw(scene) for scene in scenes]).to(self._vae.device)
+        pixels, labels = (part.to(self._vae.device) for part in sample_scenes(index, prompts))
         with torch.no_grad(), autocast(self._vae.device):
             latents = self._vae.encode(pixels).latent_dist.mean
-        maps = [np.asarray(label_map(scene, models.LATENT_SIZE)) for scene in scenes]
-        labels = torch.from_numpy(np.stack(maps)).to(latents.device)
         latents = latents.float() * self._vae.config.scaling_factor
         self._parts.append(Batch(latents, labels, [prompt.text for prompt in prompts]))
 

@@ -17,7 +17,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core2_sampler.shapes import models
 from core2_sampler.shapes.batches import (
@@ -28,10 +27,11 @@ from core2_sampler.shapes.batches import (
     autocast,
     text_length,
 )
-from core2_sampler.shapes.render import LABELS, SIZE
+from core2_sampler.shapes.probes import PatchProbe
+from core2_sampler.shapes.render import SIZE
 
 PROMPT_DROPOUT = 0.1
-_PROBE_WEIGHT = 0.2  # of the cross entropy of `SceneProbe`, against the denoiser's squared error
+_PROBE_WEIGHT = 0.2  # of the cross entropy of `Probed`, against the denoiser's squared error
 _BATCH = 64
 
 
@@ -45,7 +45,7 @@ class Recipe:
         assemble: makes the stock pipeline of a trained one and a folder of parts.
         call: asks the network: (network, latents, time, captions) to its answer.
         flow: whether it predicts the velocity of a flow, or else the noise of a DDPM.
-        probed: the layer that `SceneProbe` listens to, and its channels.
+        probed: the layer that `Probed` listens to, and its channels.
     """
 
     folder: str
@@ -117,21 +117,13 @@ RECIPES = {
 """The denoisers by the name of their family."""
 
 
-class SceneProbe(nn.Module):
-    """Reads off a layer's image tokens what will lie where; thrown away after training.
-
-    The flow's error says little about which object is which shape: a few of 256 latent pixels.
-    Naming each patch from a middle layer makes the network bind words to places early, as aligning
-    it with features of an image encoder does (REPA, arXiv 2410.06940); here the scene is known.
-    """
+class Probed(nn.Module):
+    """A denoiser, and the probe of what its middle layer makes of an image."""
 
     def __init__(self, denoiser: nn.Module, layer: str, width: int) -> None:
         """Listen to ``denoiser``'s module ``layer``, whose image tokens have ``width`` channels."""
         super().__init__()
-        self.denoiser = denoiser
-        self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, LABELS)
-        )
+        self.denoiser, self.patches = denoiser, PatchProbe(width)
         self._tokens: Tensor | None = None
         denoiser.get_submodule(layer).register_forward_hook(self._keep)
 
@@ -139,22 +131,18 @@ class SceneProbe(nn.Module):
         tokens = output if isinstance(output, Tensor) else output[1]  # a block: (text, image)
         self._tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
 
-    def forward(self, labels: Tensor) -> Tensor:
+    def named(self, labels: Tensor) -> Tensor:
         """Return the cross entropy of the patches of the denoiser's last pass.
 
         Args:
-            labels: [B, H, W]; a patch that holds several is each of them in part.
+            labels: of ``label_map``, [B, H, W].
 
         Raises:
             RuntimeError: if there was no pass yet.
         """
         if self._tokens is None:
             raise RuntimeError("the denoiser must run before its probe is read, got no pass yet")
-        logits = self.head(self._tokens.float())
-        side = round(logits.shape[1] ** 0.5)
-        shares = F.one_hot(labels.long(), LABELS).float().unflatten(2, (side, -1))
-        target = shares.unflatten(1, (side, -1)).mean((2, 4)).flatten(1, 2)
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+        return self.patches(self._tokens, labels)
 
 
 def _noised(
@@ -176,7 +164,7 @@ def _noised(
 
 
 def denoiser_loss(
-    recipe: Recipe, probe: SceneProbe, vae: AutoencoderKL, encode: TextEncoders
+    recipe: Recipe, probed: Probed, vae: AutoencoderKL, encode: TextEncoders
 ) -> Callable[[int], Tensor]:
     """Return the loss of a training step: the denoiser's squared error, and the probe's."""
     bank = LatentBank(vae, size=48_000, batch=128)
@@ -191,8 +179,8 @@ def denoiser_loss(
         texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in batch.texts]
         x, time, target = _noised(signal, batch.latents, torch.Generator().manual_seed(step))
         with autocast(device):
-            answer = recipe.call(probe.denoiser, x, time, encode(texts, length))
-            named = probe(batch.labels)
+            answer = recipe.call(probed.denoiser, x, time, encode(texts, length))
+            named = probed.named(batch.labels)
         return (answer.float() - target).square().mean() + _PROBE_WEIGHT * named
 
     return loss

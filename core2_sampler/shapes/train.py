@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -25,27 +25,43 @@ from core2_sampler.shapes.batches import (
     LONG_TOKENS,
     TextEncoders,
     autocast,
-    sample_images,
     sample_prompts,
+    sample_scenes,
     text_length,
 )
-from core2_sampler.shapes.denoising import RECIPES, SceneProbe, denoiser_loss
-from core2_sampler.shapes.tokenizer import build_t5_tokenizer, build_tokenizer
+from core2_sampler.shapes.denoising import RECIPES, Probed, denoiser_loss
+from core2_sampler.shapes.probes import PatchProbe, WordProbe, word_answers
+from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
+from core2_sampler.shapes.world import Prompt
 from core2_sampler.training import FitConfig, Log, fit
 
+
+class _Source(NamedTuple):
+    """Where a part lies in a folder of trained ones, and how it is made anew."""
+
+    folder: str
+    build: Callable[[], nn.Module]
+
+
 PARTS = ("vae", "clip", "t5", *RECIPES)
+_SOURCES: dict[str, Any] = {
+    "vae": _Source("vae", models.build_vae),
+    "clip": _Source("clip", models.build_clip),
+    "t5": _Source("text_encoder_3", models.build_t5),
+    **RECIPES,
+}
 _SHARED = ("vae", "text_encoder", "text_encoder_3")  # what a denoiser is trained beside
 _EMA_DECAY = {"vae": 0.999, "clip": 0.99, "t5": 0.99}  # denoisers: 0.999
 _BATCH = {"vae": 32, "clip": 192, "t5": 256}
-_RATE = {"vae": 2e-3, "clip": 1e-3, "t5": 2e-3}  # denoisers: 1e-3
-_MASK_SHARE = 0.3  # of the words that T5 has to guess
+_RATE = {"vae": 2e-3, "clip": 1e-3, "t5": 1e-3}  # denoisers: 1e-3
+_WORDS_WEIGHT = 0.2  # of the cross entropies of words, against those of captions and patches
 _KL_WEIGHT = 2e-3  # per latent element, against the mean absolute error of a pixel in [-1, 1]
 
 
 def _vae_loss(vae: AutoencoderKL, device: torch.device) -> Callable[[int], Tensor]:
     def loss(step: int) -> Tensor:
         prompts = sample_prompts("vae", step, _BATCH["vae"])
-        pixels = sample_images(step, prompts).to(device)
+        pixels = sample_scenes(step, prompts)[0].to(device)
         with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             generator = torch.Generator(device).manual_seed(step)
@@ -57,50 +73,64 @@ def _vae_loss(vae: AutoencoderKL, device: torch.device) -> Callable[[int], Tenso
     return loss
 
 
-def _clip_loss(clip: CLIPModel, device: torch.device) -> Callable[[int], Tensor]:
-    tokenizer = build_tokenizer()
+def _answers(prompts: list[Prompt], length: int, *, begin: int, causal: bool) -> Tensor:
+    return torch.stack([word_answers(p, length, begin=begin, causal=causal) for p in prompts])
 
-    def loss(step: int) -> Tensor:
+
+class _ClipLesson(nn.Module):
+    """A CLIP pair and what it learns by: captions match images, words and patches are named."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+        self.words, self.whole = WordProbe(models.TEXT_WIDTH), WordProbe(models.TEXT_WIDTH)
+        self.patches = PatchProbe(models.TEXT_WIDTH)
+        self.tokenizer = build_tokenizer()
+
+    def loss(self, step: int) -> Tensor:
+        device = self.clip.device
         prompts = sample_prompts("clip", step, _BATCH["clip"])
-        pixels = sample_images(step, prompts).to(device)
-        tokens = tokenizer([p.text for p in prompts], padding="max_length", return_tensors="pt")
+        pixels, labels = (part.to(device) for part in sample_scenes(step, prompts))
+        texts = [prompt.text for prompt in prompts]
+        tokens = self.tokenizer(texts, padding="max_length", return_tensors="pt")
+        answers = _answers(prompts, MAX_TOKENS, begin=1, causal=True).to(device)
         with autocast(device):
-            out = clip(tokens.input_ids.to(device), pixels)
-        logits = out.logits_per_text.float()
+            out = self.clip(tokens.input_ids.to(device), pixels, output_hidden_states=True)
+            text = out.text_model_output
+            words = self.words(text.hidden_states[-2], answers)
+            whole = self.whole(text.pooler_output, answers[:, -1])  # projected already
+            patches = self.patches(out.vision_model_output.last_hidden_state[:, 1:], labels)
         contents = [prompt.content for prompt in prompts]
         same = torch.tensor([[a == b for b in contents] for a in contents], device=device)
         target = same.float() / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        logits = out.logits_per_text.float()
+        match = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return match + _WORDS_WEIGHT * (words + whole) + patches
 
-    return loss
 
+class _T5Lesson(nn.Module):
+    """A T5 encoder and the probe of its words; padding is seen, as pipelines let it be."""
 
-def _t5_loss(t5: T5EncoderModel, device: torch.device) -> Callable[[int], Tensor]:
-    """Guess masked words from the others; padding is seen, as pipelines let it be."""
-    tokenizer = build_t5_tokenizer()
-    mask_id, pad_id = tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.pad_token_id
+    def __init__(self, t5: T5EncoderModel) -> None:
+        super().__init__()
+        self.t5, self.words = t5, WordProbe(t5.config.d_model)
+        self.tokenizer = build_t5_tokenizer()
 
-    def loss(step: int) -> Tensor:
-        texts = [prompt.text for prompt in sample_prompts("t5", step, _BATCH["t5"])]
-        length = text_length(step)
-        if length == LONG_TOKENS:
-            texts = texts[: len(texts) // 8]
-        ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
-        ids = ids.input_ids.to(device)
-        generator = torch.Generator().manual_seed(step)
-        masked = (torch.rand(ids.shape, generator=generator) < _MASK_SHARE).to(device)
-        masked &= ids != pad_id
+    def loss(self, step: int) -> Tensor:
+        length, device = text_length(step), self.t5.device
+        share = 8 if length == LONG_TOKENS else 1
+        prompts = sample_prompts("t5", step, _BATCH["t5"] // share)
+        texts = [prompt.text for prompt in prompts]
+        ids = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
+        answers = _answers(prompts, length, begin=0, causal=False).to(device)
         with autocast(device):
-            hidden = t5(ids.masked_fill(masked, mask_id)).last_hidden_state
-            logits = hidden[masked] @ t5.get_input_embeddings().weight.T
-        return F.cross_entropy(logits.float() * t5.config.d_model**-0.5, ids[masked])
-
-    return loss
+            states = self.t5(ids.input_ids.to(device)).last_hidden_state
+            return self.words(states, answers)
 
 
 def _latent_scale(vae: AutoencoderKL) -> float:
     """Return 1 / standard deviation of the latents of 512 training images."""
-    pixels = sample_images(0, sample_prompts("scale", 0, 512)).to(vae.device)
+    pixels = sample_scenes(0, sample_prompts("scale", 0, 512))[0].to(vae.device)
     with torch.no_grad():
         return 1 / float(vae.encode(pixels).latent_dist.mean.std())
 
@@ -118,7 +148,7 @@ def _config(part: str, minutes: float) -> FitConfig:
 
 def train_vae(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the autoencoder into ``folder/vae``."""
-    vae = models.build_vae().to(device)
+    vae: AutoencoderKL = _untrained("vae", folder).to(device)
     fit(vae, _vae_loss(vae, device), _config("vae", minutes), folder=folder / "vae.run", log=log)
     vae.register_to_config(scaling_factor=round(_latent_scale(vae), 4), shift_factor=0.0)
     vae.half().save_pretrained(folder / "vae")
@@ -126,9 +156,9 @@ def train_vae(folder: Path, minutes: float, device: torch.device, log: Log) -> N
 
 def train_clip(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the CLIP pair into ``folder/clip``; its text tower into ``folder/text_encoder``."""
-    clip = models.build_clip().to(device)
-    loss = _clip_loss(clip, device)
-    fit(clip, loss, _config("clip", minutes), folder=folder / "clip.run", log=log)
+    clip: CLIPModel = _untrained("clip", folder)
+    lesson = _ClipLesson(clip).to(device)
+    fit(lesson, lesson.loss, _config("clip", minutes), folder=folder / "clip.run", log=log)
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
     encoder.text_model.load_state_dict(clip.text_model.state_dict())
     encoder.text_projection.load_state_dict(clip.text_projection.state_dict())
@@ -140,22 +170,27 @@ def train_clip(folder: Path, minutes: float, device: torch.device, log: Log) -> 
 
 def train_t5(folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train the T5 encoder into ``folder/text_encoder_3``."""
-    t5 = models.build_t5().to(device)
-    fit(t5, _t5_loss(t5, device), _config("t5", minutes), folder=folder / "t5.run", log=log)
-    t5.half().save_pretrained(folder / "text_encoder_3")
+    lesson = _T5Lesson(_untrained("t5", folder)).to(device)
+    fit(lesson, lesson.loss, _config("t5", minutes), folder=folder / "t5.run", log=log)
+    lesson.t5.half().save_pretrained(folder / "text_encoder_3")
 
 
 def train_denoiser(part: str, folder: Path, minutes: float, device: torch.device, log: Log) -> None:
     """Train a denoiser; ``folder/<part>`` becomes a stock pipeline folder."""
-    recipe, begun = RECIPES[part], folder / f"{part}.start"  # see `_take_over`
+    recipe = RECIPES[part]
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(device)
-    network: Any = recipe.build()
-    if begun.exists():
-        network = type(network).from_pretrained(begun)
-    probe = SceneProbe(network, *recipe.probed).to(device)
-    loss = denoiser_loss(recipe, probe, vae, TextEncoders.load(folder, device))
-    fit(probe, loss, _config(part, minutes), folder=folder / f"{part}.run", log=log)
+    network = _untrained(part, folder)
+    probed = Probed(network, *recipe.probed).to(device)
+    loss = denoiser_loss(recipe, probed, vae, TextEncoders.load(folder, device))
+    fit(probed, loss, _config(part, minutes), folder=folder / f"{part}.run", log=log)
     save_half(recipe.assemble(network, folder), folder / part)
+
+
+def _untrained(part: str, folder: Path) -> Any:
+    """Return the network of a part: new, or the one that `_take_over` put there."""
+    network = _SOURCES[part].build()
+    begun = folder / f"{part}.start"
+    return type(network).from_pretrained(begun).float() if begun.exists() else network
 
 
 def _take_over(part: str, start: Path, folder: Path) -> None:
@@ -163,18 +198,20 @@ def _take_over(part: str, start: Path, folder: Path) -> None:
 
     A pipeline of another family lends its VAE and text encoders only.
     """
-    if missing := [name for name in _SHARED if not (start / name).is_dir()]:
-        raise ValueError(
-            f"start must be the folder of an SD3 pipeline, got {start} without {missing[0]}"
-        )
-    for name in _SHARED:
-        if not (folder / name).exists():
-            shutil.copytree(start / name, folder / name)
-    recipe, begun = RECIPES[part], folder / f"{part}.start"
-    config = start / recipe.folder / "config.json"
-    wanted = type(recipe.build()).__name__
-    if config.is_file() and json.loads(config.read_text())["_class_name"] == wanted:
-        shutil.copytree(start / recipe.folder, begun, dirs_exist_ok=True)
+    if part in RECIPES:
+        if missing := [name for name in _SHARED if not (start / name).is_dir()]:
+            raise ValueError(
+                f"start must be the folder of an SD3 pipeline, got {start} without {missing[0]}"
+            )
+        for name in _SHARED:
+            if not (folder / name).exists():
+                shutil.copytree(start / name, folder / name)
+    own, begun = start / _SOURCES[part].folder, folder / f"{part}.start"
+    if (own / "config.json").is_file():
+        config = json.loads((own / "config.json").read_text(encoding="utf-8"))
+        made_by = config.get("_class_name") or config["architectures"][0]
+        if made_by == type(_SOURCES[part].build()).__name__:
+            shutil.copytree(own, begun, dirs_exist_ok=True)
 
 
 def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -209,8 +246,9 @@ def train(
         folder: holds the finished parts and their checkpoints.
         minutes: time box; the learning rate falls at its end.
         device: a torch device.
-        start: folder of a trained SD3 pipeline; its VAE and text encoders become parts, and where
-            `part` is ``sd3``, its denoiser is where training begins.
+        start: folder that holds the trained part (for CLIP, one with ``clip`` in it): training
+            begins there. For a denoiser the folder of an SD3 pipeline, whose VAE and text encoders
+            become parts where `folder` has none; of another family, these alone.
         log: called with lines of progress.
 
     Raises:
@@ -219,8 +257,6 @@ def train(
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     if start is not None:
-        if part not in RECIPES:
-            raise ValueError(f"start must be left out for part {part!r}, got {start}")
         _take_over(part, start, folder)
     if part in RECIPES:
         for needed in _SHARED:

@@ -28,6 +28,7 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+_TRAINING_WEIGHTS = (1, 2, 2, 1, 3, 3)  # of TASKS: the more there is to learn, the more often
 NUMBERS = {2: "two", 3: "three"}
 PREFIXES = (
     "",
@@ -179,8 +180,8 @@ def _by_split(task: str, split: str) -> tuple[Prompt, ...]:
 
 
 def training_prompt(rng: random.Random) -> Prompt:
-    """Draw a training caption: the task first, uniformly; then its content; then a wording."""
-    task = rng.choice(TASKS)
+    """Draw a training caption: the task first; then its content; then a wording."""
+    (task,) = rng.choices(TASKS, _TRAINING_WEIGHTS)
     if task == "position":  # coloured pairs outnumber plain ones 30 to 1: balance them
         colored = rng.random() < 0.5
         prompt = rng.choice(_position_training(colored))

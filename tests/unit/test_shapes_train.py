@@ -9,12 +9,15 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import load_file
 
 from core2_sampler.shapes import batches, models, train
 from core2_sampler.shapes.batches import LONG_SHARE, LONG_TOKENS
-from core2_sampler.shapes.denoising import RECIPES, SceneProbe
+from core2_sampler.shapes.denoising import RECIPES, Probed
+from core2_sampler.shapes.probes import NOT_ASKED, WordProbe, word_answers
 from core2_sampler.shapes.render import LABELS
-from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, words
+from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer, words
+from core2_sampler.shapes.world import Object, Prompt
 
 TEXTS = ["a red star left of a blue ring", "three black crosses", ""]
 
@@ -110,8 +113,8 @@ def test_training_batches_are_functions_of_the_step(parts):
 
 def test_the_probe_is_the_cross_entropy_of_the_shares_of_a_patch():
     network = models.build_sd3()
-    probe = SceneProbe(network, *RECIPES["sd3"].probed)
-    last = probe.head[-1]
+    probed = Probed(network, *RECIPES["sd3"].probed)
+    last = probed.patches.read[-1]
     torch.nn.init.zeros_(last.weight)
     last.bias.data = torch.linspace(-1, 1, LABELS)
     encoded = batches.Encoded(
@@ -122,12 +125,43 @@ def test_the_probe_is_the_cross_entropy_of_the_shares_of_a_patch():
     labels[:, ::2, ::2] = 7  # a quarter of every 2x2 patch
     chances = last.bias.exp() / last.bias.exp().sum()
     wanted = -(0.75 * chances[0].log() + 0.25 * chances[7].log())
-    torch.testing.assert_close(probe(labels), wanted)
+    torch.testing.assert_close(probed.named(labels), wanted)
+
+
+BINDING = Prompt("position", (Object("star", "red"), Object("ring")), "left of", "a photo of ")
+STAR, RING = [3, 1, 0, 2, 5, 0], [4, 0, 0, 3, 4, 1]  # own shape, color, number; link; the other's
+
+
+def test_every_word_of_an_object_answers_for_it():
+    answers = word_answers(BINDING, 16, begin=0, causal=False)
+    text = BINDING.text.split()  # a photo of a red star left of a ring
+    assert [text[i] for i in range(10) if answers[i].tolist() == STAR] == ["a", "red", "star"]
+    assert [text[i] for i in range(10) if answers[i].tolist() == RING] == ["a", "ring"]
+    assert (answers[[0, 1, 2, 6, 7]] == NOT_ASKED).all()
+    assert answers[10:].tolist() == [STAR] * 6  # end and padding: the whole caption
+
+
+def test_a_causal_encoder_is_asked_what_it_has_read():
+    answers = word_answers(BINDING, MAX_TOKENS, begin=1, causal=True)
+    ids = build_tokenizer()(BINDING.text, padding="max_length").input_ids
+    assert len(ids) == MAX_TOKENS and ids[11] == build_tokenizer().eos_token_id
+    assert answers[6].tolist() == [*STAR[:3], *[NOT_ASKED] * 3]  # the second is not read yet
+    assert answers[10].tolist() == RING and answers[11:].tolist() == [STAR] * 5
+    assert (answers[[0, 1, 2, 3, 4, 5, 7, 8, 9]] == NOT_ASKED).all()
+
+
+def test_the_probe_of_words_leaves_out_what_is_not_asked():
+    probe = WordProbe(8)
+    torch.nn.init.zeros_(probe.read.weight)
+    torch.nn.init.zeros_(probe.read.bias)
+    answers = word_answers(BINDING, 16, begin=0, causal=False)[None]
+    wanted = torch.tensor([6, 7, 3, 6, 7, 7]).log().sum()  # uniform guesses
+    torch.testing.assert_close(probe(torch.randn(1, 16, 8), answers), wanted)
 
 
 def test_latents_have_unit_scale_after_training_the_vae(parts):
     vae = AutoencoderKL.from_pretrained(parts / "vae")
-    pixels = batches.sample_images(5, batches.sample_prompts("test", 5, 64))
+    pixels, _ = batches.sample_scenes(5, batches.sample_prompts("test", 5, 64))
     std = vae.encode(pixels).latent_dist.mean.std() * vae.config.scaling_factor
     assert 0.8 < float(std.detach()) < 1.25
 
@@ -150,10 +184,16 @@ def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer")
     for name, value in first.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-2)
-    with pytest.raises(ValueError, match="left out for part 'vae'"):
-        train.train("vae", tmp_path, 1, start=parts / "sd3")
     with pytest.raises(ValueError, match="must be the folder of an SD3 pipeline"):
         train.train("sd3", tmp_path, 1, start=tmp_path / "none")
+
+
+@pytest.mark.parametrize("part, network", [("t5", "text_encoder_3"), ("clip", "clip")])
+def test_encoders_start_from_trained_ones(parts, tmp_path, part, network):
+    train.train(part, tmp_path, 1e-6, start=parts, log=quiet)  # one step of warm-up
+    before, after = (load_file(f / network / "model.safetensors") for f in (parts, tmp_path))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-2)
 
 
 def test_parts_are_trained_in_order(tmp_path):

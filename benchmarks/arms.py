@@ -14,6 +14,12 @@ from core2_sampler.model_files import UNTRAINED
 from core2_sampler.plan import Core2Config, Mode, Plan
 from core2_sampler.registry import Registry
 
+HEAD_MODES: tuple[Mode, ...] = ("core", "zcore", "zfast")
+"""The modes that ask a weak head."""
+
+ZIG_MODES: tuple[Mode, ...] = ("zigzag", "zcore", "zfast")
+"""The modes of zigzag steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -21,12 +27,14 @@ class Arm:
 
     Attributes:
         name: what tables call it; does not influence the images.
-        mode: ``cond``, ``cfg`` or ``core``.
+        mode: of `Core2Config`.
         steps: sampling steps.
         guidance_scale: scale of CFG and of the head; 1 is no guidance.
         head: folder of a saved head, or the name of a control that needs no training.
         slow_steps: how many steps, from the first, also pay for ``uncond``.
         w2s_scale: weak-to-strong scale of the slow steps; 1 is plain CFG.
+        zig_steps: how many steps, from the first, are zigzag steps, in the modes that have them.
+        inversion_scale: guidance scale that undoes a zigzag step.
     """
 
     name: str
@@ -36,14 +44,16 @@ class Arm:
     head: str | None = None
     slow_steps: int = 0
     w2s_scale: float = 1.0
+    zig_steps: int = 0
+    inversion_scale: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what would otherwise be ignored."""
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps} in arm {self.name!r}")
-        if (self.mode == "core") != (self.head is not None):
+        if (self.mode in HEAD_MODES) != (self.head is not None):
             raise ValueError(
-                "an arm has a head if and only if its mode is 'core', "
+                f"an arm has a head if and only if its mode is one of {', '.join(HEAD_MODES)}, "
                 f"got mode {self.mode!r} and head {self.head!r} in arm {self.name!r}"
             )
         if self.mode != "core" and (self.slow_steps, self.w2s_scale) != (0, 1.0):
@@ -51,9 +61,19 @@ class Arm:
                 f"slow_steps and w2s_scale are for mode 'core' only, got {self.slow_steps} and "
                 f"{self.w2s_scale} with mode {self.mode!r} in arm {self.name!r}"
             )
+        if self.mode not in ZIG_MODES and (self.zig_steps, self.inversion_scale) != (0, 0.0):
+            raise ValueError(
+                f"zig_steps and inversion_scale are for modes {', '.join(ZIG_MODES)} only, got "
+                f"{self.zig_steps} and {self.inversion_scale} with mode {self.mode!r} in arm "
+                f"{self.name!r}"
+            )
 
     def config(self) -> Core2Config:
         """Return the value of the pipelines' ``core2=`` argument."""
+        if self.mode in ZIG_MODES:
+            return Core2Config(
+                mode=self.mode, zig_steps=self.zig_steps, inversion_scale=self.inversion_scale
+            )
         if self.mode != "core":
             return Core2Config(mode=self.mode)
         return Core2Config(mode="core", slow_steps=self.slow_steps, w2s_scale=self.w2s_scale)
@@ -68,11 +88,13 @@ class ArmSpec:
     """An arm relative to a study's number of steps N.
 
     Attributes:
-        mode: ``cond``, ``cfg`` or ``core``.
+        mode: of `Core2Config`.
         head: which of the study's heads; a control that needs no training goes by its own name.
         slow_share: share of the steps that are slow, in 0..1; above 0 it is at least one step.
         w2s_scale: weak-to-strong scale of the slow steps.
         steps_share: steps over N, in (0, 1].
+        zig_share: modes of zigzag steps: share of the steps but the last that are such, in 0..1.
+        inversion_scale: the same modes: guidance scale that undoes a step.
         about: one line for the table's legend.
     """
 
@@ -82,6 +104,8 @@ class ArmSpec:
     slow_share: float = 0.0
     w2s_scale: float = 1.0
     steps_share: float = 1.0
+    zig_share: float = 1.0
+    inversion_scale: float = 0.0
 
     def at(self, name: str, steps: int, guidance_scale: float, heads: Mapping[str, str]) -> Arm:
         """Return the arm at N = ``steps``.
@@ -101,15 +125,29 @@ class ArmSpec:
                 f"arm {name!r} needs more steps: a share {self.steps_share} of {steps}"
             )
         slow = max(1, math.floor(own_steps * self.slow_share + 0.5)) if self.slow_share else 0
-        head = None
-        if self.head is not None:
-            head = heads.get(self.head, self.head if self.head in UNTRAINED else None)
-            if head is None:
-                raise ValueError(
-                    f"arm {name!r} needs a head {self.head!r}, got "
-                    f"{', '.join(heads) or 'none'}: give its folder as {self.head}=FOLDER"
-                )
-        return Arm(name, self.mode, own_steps, guidance_scale, head, slow, self.w2s_scale)
+        zigs = math.floor((own_steps - 1) * self.zig_share + 0.5) if self.mode in ZIG_MODES else 0
+        return Arm(
+            name,
+            self.mode,
+            own_steps,
+            guidance_scale,
+            self._head(name, heads),
+            slow,
+            self.w2s_scale,
+            zigs,
+            self.inversion_scale,
+        )
+
+    def _head(self, name: str, heads: Mapping[str, str]) -> str | None:
+        if self.head is None:
+            return None
+        head = heads.get(self.head, self.head if self.head in UNTRAINED else None)
+        if head is None:
+            raise ValueError(
+                f"arm {name!r} needs a head {self.head!r}, got "
+                f"{', '.join(heads) or 'none'}: give its folder as {self.head}=FOLDER"
+            )
+        return head
 
 
 ARMS: Registry[ArmSpec] = Registry("arm")
@@ -130,6 +168,18 @@ for _name, _spec in {
     "fast": ArmSpec("core", "the model's own head, all fast (E = 0)", OWN),
     "balanced": ArmSpec("core", "the model's own head, first quarter CFG", OWN, 0.25),
     "quality": ArmSpec("core", "the model's own head, all slow (E = N), w2s 1.5", OWN, 1.0, 1.5),
+    "zigzag": ArmSpec("zigzag", "Z-Sampling, undone by the negative prompt alone"),
+    "zigzag-half": ArmSpec("zigzag", "Z-Sampling, undone by CFG at scale 0.5", inversion_scale=0.5),
+    "zigzag-quarter": ArmSpec("zigzag", "Z-Sampling in the first quarter", zig_share=0.25),
+    "zcore": ArmSpec(
+        "zcore",
+        "Z-CoRe^2, undone by the model's own head, or, where that works inside the denoiser, by "
+        "the negative prompt",
+        OWN,
+    ),
+    "zfast": ArmSpec("zfast", "made by the model's own head, undone as in zcore", OWN),
+    "zfast-cond": ArmSpec("zfast", "as zfast, undone by cond", OWN, inversion_scale=1.0),
+    "zfast-quarter": ArmSpec("zfast", "as zfast, in the first quarter", OWN, zig_share=0.25),
 }.items():
     ARMS.register(_name)(_spec)
 

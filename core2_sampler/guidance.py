@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from core2_sampler.plan import Kind, Plan
 from core2_sampler.precision import wide, wide_dtype
+from core2_sampler.steps import Kind, Plan
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead, Predict
 
 OnPair = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -129,8 +129,8 @@ def make_predict(
         on_pair: called with ``(i, x, cond, gap, features)`` wherever both passes were made.
         capture_features: hand the denoiser's last hidden state to `on_pair` even if the head
             does not read it.
-        adjust: has the last word on guided predictions, but for the fast steps of an in-model
-            head, which know no cond.
+        adjust: has the last word on predictions guided by a scale above 1, but for the fast steps
+            of an in-model head, which know no cond.
 
     Returns:
         The closure; its result has the dtype of the network's output.
@@ -141,10 +141,10 @@ def make_predict(
     if len(sigmas) not in (len(plan), len(plan) + 1):
         raise ValueError(f"sigmas must cover the plan's {len(plan)} steps, got {len(sigmas)}")
     if plan.needs_uncond and uncond is None and conditioning is None:
-        raise ValueError("the plan has CFG or slow steps and must get uncond, got None")
+        raise ValueError("the plan runs the negative prompt and must get uncond, got None")
     if plan.needs_head:
         if head is None:
-            raise ValueError("the plan has fast or slow steps and must get a weak head, got None")
+            raise ValueError("the plan asks the head and must get a weak head, got None")
         if head.in_model != plan.in_model:
             raise ValueError(
                 f"plan.in_model must be that of the head ({head.in_model}), got {plan.in_model}; "
@@ -177,8 +177,9 @@ class _Guided:
         scale = step.guidance_scale if self.scale is None else self.scale(i)
         kind: Kind = step.kind if self.scale is None or scale > 1 else "cond"
         sigma = torch.full((x.shape[0],), self.sigmas[i], device=x.device, dtype=wide_dtype(x))
-        if kind == "cond":
-            return self.denoiser(x, sigma, self.prompts(i)[0])
+        if kind in ("cond", "uncond"):
+            prompt, negative = self.prompts(i)
+            return self.denoiser(x, sigma, prompt if kind == "cond" else _given(negative))
         if kind == "fast":
             return self._fast(x, sigma, i, scale)
         cond, gap, features = self._pair(x, sigma, i)
@@ -190,10 +191,10 @@ class _Guided:
             cast(OutputHead, self.head).observe(gap)
         if self.on_pair is not None:
             self.on_pair(i, x, cond, gap, features)
-        return self._adjusted(i, x, cond, guided)
+        return self._adjusted(i, x, cond, guided, scale)
 
-    def _adjusted(self, i: int, x: Tensor, cond: Tensor, guided: Tensor) -> Tensor:
-        if self.adjust is not None:
+    def _adjusted(self, i: int, x: Tensor, cond: Tensor, guided: Tensor, scale: float) -> Tensor:
+        if self.adjust is not None and scale > 1:
             guided = self.adjust(i, x, cond, guided)
         return guided.to(cond.dtype)
 
@@ -202,7 +203,8 @@ class _Guided:
         if head is None or head.in_model:
             return self._in_model(x, sigma, prompt, scale)
         cond, features = self._pass(x, sigma, prompt, cast(OutputHead, head).needs_features)
-        return self._adjusted(i, x, cond, self._weak(x, sigma, prompt, scale, cond, features))
+        guided = self._weak(x, sigma, prompt, scale, cond, features)
+        return self._adjusted(i, x, cond, guided, scale)
 
     def _weak(
         self,
@@ -252,14 +254,18 @@ class _Guided:
             return d, None if read is None else read()
 
     def _join(self, prompts: Prompts) -> Conditioning:
-        cond, uncond = prompts
-        if uncond is None:
-            raise ValueError("a CFG or slow step must get uncond, got None")
+        cond, uncond = prompts[0], _given(prompts[1])
         now = stamp(uncond.prompt_embeds, uncond.pooled, cond.prompt_embeds, cond.pooled)
         known = self._joined
         if known is None or known[1] != now or known[0][0] is not cond or known[0][1] is not uncond:
             known = self._joined = (prompts, now, join(uncond, cond))
         return known[2]
+
+
+def _given(uncond: Conditioning | None) -> Conditioning:
+    if uncond is None:
+        raise ValueError("a step that runs the negative prompt must get uncond, got None")
+    return uncond
 
 
 def stamp(*tensors: Tensor) -> Stamp:

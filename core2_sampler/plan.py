@@ -1,84 +1,27 @@
-"""Which steps of a run pay for what: a plan knows its own cost before the run starts."""
+"""Lay out a run: its modes, the config that chooses between them, and presets by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from core2_sampler.registry import unknown_name
+from core2_sampler.steps import Kind, Plan, Step
 
-Kind = Literal["cond", "cfg", "fast", "slow"]
-Mode = Literal["cond", "cfg", "core"]
+Mode = Literal["cond", "cfg", "core", "zigzag", "zcore", "zfast"]
 
-_PASSES: dict[Kind, int] = {"cond": 1, "cfg": 2, "fast": 1, "slow": 2}
+_ZIG_KINDS: dict[str, Kind] = {"zigzag": "cfg", "zcore": "cfg", "zfast": "fast"}
+"""The modes of zigzag steps, and how each makes a step there and there again."""
 
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step of a run.
-
-    Attributes:
-        kind: ``cond`` (prompt only), ``cfg`` (both passes), ``fast`` (prompt pass and head) or
-            ``slow`` (both passes and head).
-        guidance_scale: 1 is cond.
-        w2s_scale: slow steps only: ``weak + w2s_scale * (strong - weak)``; 1 is plain CFG.
-    """
-
-    kind: Kind
-    guidance_scale: float = 1.0
-    w2s_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what no step can run."""
-        if self.kind not in _PASSES:
-            raise unknown_name("step kind", self.kind, _PASSES)
-        for name in ("guidance_scale", "w2s_scale"):
-            value = getattr(self, name)
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The steps of one run, in order; a slow step with ``w2s_scale`` 1 is stored as CFG.
-
-    Attributes:
-        steps: one entry a step.
-        in_model: the head works inside the denoiser, so a slow step needs a third pass for it.
-    """
-
-    steps: tuple[Step, ...]
-    in_model: bool = False
-
-    def __post_init__(self) -> None:
-        """Store slow steps that ignore the head as CFG."""
-        steps = tuple(
-            replace(s, kind="cfg") if s.kind == "slow" and s.w2s_scale == 1 else s
-            for s in self.steps
-        )
-        object.__setattr__(self, "steps", steps)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self.steps)
-
-    @property
-    def nfe(self) -> int:
-        """Denoiser evaluations of one sample; a CFG pair counts 2."""
-        third = sum(s.kind == "slow" for s in self.steps) if self.in_model else 0
-        return sum(_PASSES[s.kind] for s in self.steps) + third
-
-    @property
-    def needs_uncond(self) -> bool:
-        """Whether any step runs the pass with the negative prompt."""
-        return any(s.kind in ("cfg", "slow") for s in self.steps)
-
-    @property
-    def needs_head(self) -> bool:
-        """Whether any step asks the weak head."""
-        return any(s.kind in ("fast", "slow") for s in self.steps)
+_MODES_OF: dict[str, tuple[str, ...]] = {
+    "slow_steps": ("core",),
+    "zig_steps": tuple(_ZIG_KINDS),
+    "inversion_scale": tuple(_ZIG_KINDS),
+    "upstream": ("zigzag", "zcore"),
+}
+"""The modes that an option belongs to."""
 
 
 def make_plan(
@@ -89,47 +32,101 @@ def make_plan(
     slow_steps: int | Sequence[int] | None = None,
     w2s_scale: float = 1.5,
     in_model: bool = False,
+    zig_steps: int | Sequence[int] | None = None,
+    inversion_scale: float | None = None,
+    upstream: bool = False,
 ) -> Plan:
     """Lay out a run. A step whose guidance scale is 1 or less is a cond step, as in diffusers.
 
     Args:
-        mode: ``cond``, ``cfg`` or ``core`` (slow steps where asked for, fast ones elsewhere).
+        mode: ``cond``, ``cfg`` or ``core`` (slow steps where asked for, fast ones elsewhere); or
+            zigzag steps, which are made, undone and made again: ``zigzag`` (Z-Sampling: all by
+            CFG), ``zcore`` (Z-CoRe^2: undone by a prompt pass and the head) or ``zfast`` (all by
+            prompt passes and the head).
         num_steps: number of steps N, at least 1.
         guidance_scale: one scale, or one for each step.
         slow_steps: mode ``core`` only: an int E in 0..N for the first E steps, or the positions
             themselves; None is 0.
         w2s_scale: weight of strong against weak in slow steps; 1 is plain CFG.
         in_model: whether the head works inside the denoiser.
+        zig_steps: modes of zigzag steps only: an int in 0..N - 1 for the first so many, or the
+            positions in 0..N - 2; None is all but the last.
+        inversion_scale: the same modes: guidance scale that undoes a step; None is 0, as in
+            Z-Sampling. At 1 that is one pass, cond; at 0 it is one pass as well, uncond, in mode
+            ``zigzag`` and for an in-model head, which is made for scales above 1 only.
+        upstream: modes ``zigzag`` and ``zcore``: make zigzag steps as the released code does, see
+            `core2_sampler.pipelines.zigzag`; ``zcore`` without an `inversion_scale` then undoes
+            steps at ``1 + w2s_scale * (guidance_scale - 1)``.
 
     Returns:
         The plan, of N steps.
 
     Raises:
-        ValueError: unknown mode, N < 1, scales that are not N, slow steps outside 0..N.
+        ValueError: unknown mode, N < 1, scales that are not N, steps that do not exist, or an
+            option that the mode does not have.
 
     Reference:
-        CoRe^2, arXiv 2503.09662: slow steps first, fast steps after.
+        CoRe^2, arXiv 2503.09662: slow steps first, fast steps after; Z-CoRe^2. Z-Sampling, arXiv
+        2412.10891.
     """
-    if mode not in get_args(Mode):
-        raise unknown_name("mode", mode, get_args(Mode))
+    _check_options(
+        mode,
+        slow_steps=slow_steps,
+        zig_steps=zig_steps,
+        inversion_scale=inversion_scale,
+        upstream=upstream or None,
+    )
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}")
-    if mode != "core" and slow_steps is not None:
-        raise ValueError(
-            f"slow_steps belongs to mode 'core', got {slow_steps!r} with mode {mode!r}; "
-            "leave it out"
-        )
-    slow = _slow_positions(0 if slow_steps is None else slow_steps, num_steps)
-    kinds: list[Kind] = [
-        mode if mode != "core" else ("slow" if i in slow else "fast") for i in range(num_steps)
-    ]
-    return Plan(
-        tuple(
-            Step(kind if scale > 1 else "cond", scale, w2s_scale if kind == "slow" else 1.0)
-            for kind, scale in zip(kinds, _scales(guidance_scale, num_steps), strict=True)
-        ),
-        in_model,
-    )
+    first = 0 if slow_steps is None else slow_steps
+    slow = _positions("slow_steps", first, num_steps, "the number of steps")
+    steps = []
+    for i, scale in enumerate(_scales(guidance_scale, num_steps)):
+        kind = _kind(mode, i in slow) if scale > 1 else "cond"
+        steps.append(Step(kind, scale, w2s_scale if i in slow else 1.0))
+    for i in _zigs(mode, zig_steps, num_steps):
+        if steps[i].kind != "cond":
+            back = inversion_scale
+            if back is None:
+                released = upstream and mode == "zcore"
+                back = 1 + w2s_scale * (steps[i].guidance_scale - 1) if released else 0.0
+            undo = _inversion(mode, back, in_model)
+            steps[i] = replace(steps[i], inversion=undo, inversion_scale=back)
+    return Plan(tuple(steps), in_model, mode if upstream else None)  # type: ignore[arg-type]
+
+
+def _check_options(mode: str, **options: Any) -> None:
+    if mode not in get_args(Mode):
+        raise unknown_name("mode", mode, get_args(Mode))
+    for name, value in options.items():
+        if value is not None and mode not in _MODES_OF[name]:
+            raise ValueError(
+                f"{name} belongs to mode {' or '.join(map(repr, _MODES_OF[name]))}, got {value!r} "
+                f"with mode {mode!r}; leave it out"
+            )
+
+
+def _kind(mode: Mode, slow: bool) -> Kind:
+    if mode == "core":
+        return "slow" if slow else "fast"
+    return _ZIG_KINDS.get(mode, mode)  # type: ignore[arg-type]
+
+
+def _zigs(mode: Mode, zig_steps: int | Sequence[int] | None, num_steps: int) -> set[int]:
+    if mode not in _ZIG_KINDS:
+        return set()
+    last = num_steps - 1  # ends without noise, where no network can be asked for the way back
+    chosen = last if zig_steps is None else zig_steps
+    return _positions("zig_steps", chosen, last, "the number of steps but the last")
+
+
+def _inversion(mode: Mode, scale: float, in_model: bool) -> Kind:
+    """Return the prediction that undoes a step, by one pass where one is enough."""
+    if scale == 1:
+        return "cond"
+    if scale == 0 and (mode == "zigzag" or in_model):
+        return "uncond"
+    return "cfg" if mode == "zigzag" else "fast"
 
 
 def _scales(guidance_scale: float | Sequence[float], num_steps: int) -> list[float]:
@@ -146,22 +143,20 @@ def _scales(guidance_scale: float | Sequence[float], num_steps: int) -> list[flo
     return scales
 
 
-def _slow_positions(slow_steps: int | Sequence[int], num_steps: int) -> set[int]:
-    if isinstance(slow_steps, int) and not isinstance(slow_steps, bool):
-        if not 0 <= slow_steps <= num_steps:
-            raise ValueError(
-                f"slow_steps must be between 0 and the number of steps ({num_steps}), "
-                f"got {slow_steps}"
-            )
-        return set(range(slow_steps))
-    if isinstance(slow_steps, bool | float | str):
-        raise ValueError(f"slow_steps must be a count or a list of positions, got {slow_steps!r}")
-    positions = list(slow_steps)
+def _positions(name: str, steps: int | Sequence[int], limit: int, of: str) -> set[int]:
+    """Return the positions below `limit` that a count or a list of them means."""
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        if not 0 <= steps <= limit:
+            raise ValueError(f"{name} must be between 0 and {of} ({limit}), got {steps}")
+        return set(range(steps))
+    if isinstance(steps, bool | float | str):
+        raise ValueError(f"{name} must be a count or a list of positions, got {steps!r}")
+    positions = list(steps)
     whole = all(isinstance(p, int) and not isinstance(p, bool) for p in positions)
-    if not whole or any(not 0 <= p < num_steps for p in positions):
-        raise ValueError(f"slow positions must be ints in 0..{num_steps - 1}, got {positions}")
+    if not whole or any(not 0 <= p < limit for p in positions):
+        raise ValueError(f"positions of {name} must be ints in 0..{limit - 1}, got {positions}")
     if len(set(positions)) != len(positions):
-        raise ValueError(f"slow positions must not repeat, got {positions}")
+        raise ValueError(f"positions of {name} must not repeat, got {positions}")
     return set(positions)
 
 
@@ -173,7 +168,8 @@ class Core2Config:
         default="core",
         metadata={
             "help": "cond: prompt only; cfg: classifier-free guidance; core: slow steps where "
-            "asked for, fast steps elsewhere"
+            "asked for, fast steps elsewhere; zigzag: every step made, undone and made again by "
+            "CFG (Z-Sampling); zcore: undone by the head (Z-CoRe^2); zfast: all of it by the head"
         },
     )
     slow_steps: int | float | tuple[int, ...] | None = field(
@@ -191,17 +187,41 @@ class Core2Config:
         default=None,
         metadata={"help": "one guidance scale for each step, in place of the single one"},
     )
+    zig_steps: int | float | tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "modes zigzag, zcore, zfast: how many of the first steps are undone and made "
+            "again: a count, a share of all but the last (0.25), or a list of positions; by "
+            "default all but the last"
+        },
+    )
+    inversion_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "the same modes: guidance scale that undoes a step, below that of the step; "
+            "by default 0, the negative prompt alone"
+        },
+    )
+    upstream: bool = field(
+        default=False,
+        metadata={
+            "help": "modes zigzag and zcore: undo steps as the released code of CoRe^2 does, "
+            "errors included, in place of exactly"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Refuse what no number of steps could make right."""
         if self.mode not in get_args(Mode):
             raise unknown_name("mode", self.mode, get_args(Mode))
-        if isinstance(self.slow_steps, float) and not 0 <= self.slow_steps <= 1:
-            raise ValueError(
-                "slow_steps written with a point is a share and must lie in 0..1, "
-                f"got {self.slow_steps}; write a count without a point"
-            )
-        for name in ("slow_steps", "guidance_scales"):
+        for name in ("slow_steps", "zig_steps"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not 0 <= value <= 1:
+                raise ValueError(
+                    f"{name} written with a point is a share and must lie in 0..1, "
+                    f"got {value}; write a count without a point"
+                )
+        for name in ("slow_steps", "zig_steps", "guidance_scales"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -219,17 +239,22 @@ class Core2Config:
         Raises:
             ValueError: as `make_plan`.
         """
-        slow = self.slow_steps
-        if isinstance(slow, float):
-            slow = math.floor(slow * num_steps + 0.5)
         return make_plan(
             self.mode,
             num_steps,
             self.guidance_scales or guidance_scale,
-            slow_steps=slow,
+            slow_steps=_count(self.slow_steps, num_steps),
             w2s_scale=self.w2s_scale,
             in_model=in_model,
+            zig_steps=_count(self.zig_steps, num_steps - 1),
+            inversion_scale=self.inversion_scale,
+            upstream=self.upstream,
         )
+
+
+def _count(steps: int | float | tuple[int, ...] | None, of: int) -> int | tuple[int, ...] | None:
+    """Return a share of the steps as a count, rounded; anything else as it is."""
+    return math.floor(steps * of + 0.5) if isinstance(steps, float) else steps
 
 
 PRESETS: dict[str, Core2Config] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,9 @@ from core2_sampler.precision import wide
 from core2_sampler.types import OnStep, Predict
 
 Path = Literal["flow", "ve"]
+
+Invert = Callable[[Tensor, int], Tensor]
+"""``x = invert(y, i)``: latents at ``sigmas[i]`` that step ``i`` would have taken to `y`."""
 
 
 @torch.no_grad()
@@ -42,30 +46,83 @@ def sample_euler(
 
 
 @torch.no_grad()
-def invert_euler(
-    predict: Predict, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
+def sample_zigzag(
+    predict: Predict,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    undo: Predict,
+    zigs: Container[int],
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Undo `sample_euler` to first order: the same steps with the noise levels swapped.
-
-    Step ``i`` goes from ``sigmas[i + 1]`` back to ``sigmas[i]`` and asks ``predict(x, i)``, so the
-    closure of the forward run serves, and no network is asked at noise level 0.
+    """Solve with Euler steps, some of which are made, undone with less guidance and made again.
 
     Args:
-        predict: ``d = predict(x, i)`` at ``sigmas[i]``, as for `sample_euler`.
-        x: latents at ``sigmas[N]``, [B, C, H, W].
-        sigmas: noise levels in the order of the forward steps, [N + 1].
-        on_step: see the module; called with N - 1 first.
+        predict: ``d = predict(x, i)`` at ``sigmas[i]``.
+        x: latents at ``sigmas[0]``, [B, C, H, W].
+        sigmas: noise levels in the order of the steps, [N + 1].
+        undo: ``d = undo(y, i)`` at ``sigmas[i + 1]``, which takes `y` from there to ``sigmas[i]``.
+        zigs: the steps that are zigzag steps; not one that ends at noise level 0.
+        on_step: see the module; called once for a zigzag step.
 
     Returns:
-        Latents at ``sigmas[0]``.
+        Latents at ``sigmas[N]``.
 
     Reference:
-        Z-Sampling, arXiv 2412.10891: the zag step.
+        Z-Sampling, arXiv 2412.10891, algorithm 1.
+    """
+    steps = zigzag(predict, euler_inverse(undo, sigmas), sigmas, zigs.__contains__)
+    return sample_euler(steps, x, sigmas, on_step=on_step)
+
+
+def zigzag(
+    predict: Predict,
+    invert: Invert,
+    sigmas: Tensor,
+    zigs: Callable[[int], bool],
+    again: Predict | None = None,
+) -> Predict:
+    """Return the derivative of zigzag steps as wholes: one Euler step by it is a zigzag step.
+
+    So all that drives or watches a sampler sees a step of three predictions as it sees any other.
+
+    Args:
+        predict: ``d = predict(x, i)`` at ``sigmas[i]``.
+        invert: takes latents from ``sigmas[i + 1]`` back to ``sigmas[i]``.
+        sigmas: noise levels in the order of the steps, [N + 1].
+        zigs: whether a step is a zigzag step, asked after its first prediction; the others are
+            `predict`, untouched.
+        again: the prediction from the latents that came back; None is `predict`.
+
+    Returns:
+        The closure.
     """
     levels = sigmas.tolist()
-    for i in reversed(range(len(levels) - 1)):
-        x = _after(on_step, i, _euler(x, predict(x, i), levels[i] - levels[i + 1]))
-    return x
+    again = again or predict
+
+    def whole(x: Tensor, i: int) -> Tensor:
+        d = predict(x, i)
+        if not zigs(i):
+            return d
+        dt = levels[i + 1] - levels[i]
+        back = invert(_euler(x, d, dt), i)
+        return wide(again(back, i)) + (wide(back) - wide(x)) / dt
+
+    return whole
+
+
+def euler_inverse(predict: Predict, sigmas: Tensor) -> Invert:
+    """Return Euler steps back: the same line with the noise levels swapped.
+
+    Args:
+        predict: ``d = predict(y, i)`` at ``sigmas[i + 1]``, where step ``i`` back starts.
+        sigmas: noise levels in the order of the steps, [N + 1].
+
+    Returns:
+        ``x = invert(y, i)``: undoes step ``i`` up to its second order.
+    """
+    levels = sigmas.tolist()
+    return lambda y, i: _euler(y, predict(y, i), levels[i] - levels[i + 1])
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from core2_sampler.pipelines.flux_call import (
 )
 from core2_sampler.pipelines.loop import Run, check_head, reads_negative
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
+from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
@@ -132,7 +133,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing, of
+            ValueError: the config does not fit the steps or the scheduler, the head is missing, of
                 another model or not made for the scale, the transformer's cache does not fit the
                 steps, or an argument has no meaning together with another.
             RuntimeError: the latents became nan or inf.
@@ -159,6 +160,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         head, scale = self.weak_head, call.true_cfg_scale
         plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
         check_head(head, plan, self.family.denoiser(self))
+        check_zigzag(self, plan, schedule)
         check_cache(self.transformer, plan)
         warn_unguided(config, plan)
         fill_negatives(self, call, plan)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from core2_sampler.guidance import Adjust, Prompts, Stamp, make_predict, stamp
 from core2_sampler.pipelines.adapters.base import Schedule
-from core2_sampler.plan import Plan
+from core2_sampler.pipelines.zigzag import zigzag_predict
 from core2_sampler.samplers import sample_scheduler
+from core2_sampler.steps import Plan
 from core2_sampler.types import Conditioning, Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
 
@@ -97,7 +98,7 @@ def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
         return
     if head is None:
         raise ValueError(
-            "the plan has fast or slow steps and needs a weak head, got none: pass weak_head= "
+            "the plan asks the head and needs a weak head, got none: pass weak_head= "
             "to from_pretrained or from_pipe, or use core2=Core2Config(mode='cfg')"
         )
     head.check_family(denoiser.family)
@@ -107,6 +108,18 @@ def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
             for scale in {s.guidance_scale for s in plan.steps if s.kind in ("fast", "slow")}:
                 with head.active(scale):
                     pass
+            for scale in {s.inversion_scale for s in plan.steps if s.inversion == "fast"}:
+                _check_inversion(head, scale)
+
+
+def _check_inversion(head: WeakHead, scale: float) -> None:
+    try:
+        with head.active(scale):
+            pass
+    except ValueError as error:
+        raise ValueError(
+            f"inversion_scale must be 0, 1 or a scale of the head, got {scale}: {error}"
+        ) from None
 
 
 def reads_negative(pipe: Any, plan: Plan) -> bool:
@@ -138,21 +151,7 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
     """
     head = pipe.weak_head if run.plan.needs_head else None
     schedule = run.schedule
-
-    def prompts(i: int) -> Prompts:
-        pipe._current_timestep = schedule.timesteps[i]  # some caches of the denoiser ask for it
-        return run.prompts()
-
-    predict = make_predict(
-        denoiser,
-        schedule.sigmas,
-        run.plan,
-        *run.prompts(),
-        head,
-        scale=lambda _i: 1.0 if run.cut else getattr(pipe, _scale_name(pipe)),
-        conditioning=prompts,
-        adjust=run.adjust,
-    )
+    predict = _bind(pipe, run, denoiser, head)
     if pipe._core2_observer is not None:
         predict = pipe._core2_observer(run, denoiser, predict)
     if head is not None:
@@ -170,6 +169,45 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
     pipe._current_timestep = None
     _check_finite(run)
     return latents
+
+
+def _bind(pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None) -> Predict:
+    """Return ``predict`` of a run's steps; pipeline, callbacks and prompts are read in each."""
+    schedule, adjust = run.schedule, run.adjust
+
+    def live_scale(_i: int) -> float:
+        return 1.0 if run.cut else getattr(pipe, _scale_name(pipe))
+
+    def ask(
+        plan: Plan,
+        sigmas: Tensor,
+        *,
+        ahead: int = 0,
+        scale: Callable[[int], float] | None = None,
+    ) -> Predict:
+        def prompts(i: int) -> Prompts:
+            pipe._current_timestep = schedule.timesteps[i + ahead]  # some caches ask for it
+            return run.prompts()
+
+        return make_predict(
+            denoiser,
+            sigmas,
+            plan,
+            *run.prompts(),
+            head,
+            scale=scale,
+            conditioning=prompts,
+            adjust=adjust and (lambda i, *tensors: adjust(i + ahead, *tensors)),
+        )
+
+    forward = ask(run.plan, schedule.sigmas, scale=live_scale)
+    if not run.plan.zigs:
+        return forward
+
+    def zigs(i: int) -> bool:
+        return run.plan.steps[i].inversion is not None and live_scale(i) > 1
+
+    return zigzag_predict(run.plan, schedule, forward, ask, zigs)
 
 
 def _solve(pipe: Any, run: Run, predict: Predict, on_step: OnStep) -> Tensor:

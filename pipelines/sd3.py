@@ -36,6 +36,7 @@ from core2_sampler.pipelines.calls import (
 )
 from core2_sampler.pipelines.loop import Run, check_head
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
+from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
@@ -163,7 +164,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing, of
+            ValueError: the config does not fit the steps or the scheduler, the head is missing, of
                 another model or not made for the scale, or an argument has no meaning together
                 with `core2`.
             RuntimeError: the latents became nan or inf.
@@ -184,6 +185,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
         head, scale = self.weak_head, call.guidance_scale
         plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
         check_head(head, plan, self.family.denoiser(self))
+        check_zigzag(self, plan, schedule)
         self._begin(call, plan)
         embeds = self._encode(call, plan)
         latents = self.prepare_latents(

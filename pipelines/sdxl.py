@@ -28,6 +28,7 @@ from core2_sampler.pipelines.calls import split_rows, wants_uncond
 from core2_sampler.pipelines.loop import Run, check_head
 from core2_sampler.pipelines.sdxl_call import ENCODED, GRID, HANDLED, NEGATIVES, check_call
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
+from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
@@ -115,7 +116,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
             As the stock call.
 
         Raises:
-            ValueError: the config does not fit the number of steps, the head is missing, of
+            ValueError: the config does not fit the steps or the scheduler, the head is missing, of
                 another model or not made for the scale, or an argument has no meaning together
                 with `core2`.
             RuntimeError: the latents became nan or inf.
@@ -137,6 +138,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
             **{name: getattr(call, name) for name in GRID},
         )
         plan = self._plan(call, config, len(schedule.timesteps))
+        check_zigzag(self, plan, schedule)
         self._begin(call, plan)
         embeds = self._encode(call, plan)
         latents = self.prepare_latents(
@@ -162,11 +164,11 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
         in_model = head is not None and head.in_model
         embedded = self.unet.config.time_cond_proj_dim is not None
         if embedded:
-            config = replace(config, mode="cond", slow_steps=None)
+            config = Core2Config(mode="cond", guidance_scales=config.guidance_scales)
         plan = config.plan(steps, scale, in_model)
         call.guided = not embedded and max(step.guidance_scale for step in plan.steps) > 1
         check_head(head, plan, self.family.denoiser(self))
-        if call.guidance_rescale > 0 and in_model and any(s.kind == "fast" for s in plan.steps):
+        if call.guidance_rescale > 0 and in_model and "fast" in plan.kinds:
             raise ValueError(
                 "guidance_rescale must be 0 in fast steps of a head inside the denoiser, which "
                 f"know no prediction to rescale to, got {call.guidance_rescale}: use another head, "

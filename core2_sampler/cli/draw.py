@@ -113,6 +113,8 @@ class Studio:
             core2 = arm.core2
             if core2 is not None and core2.mode == "core":
                 core2 = replace(core2, slow_steps=1)  # one step of each kind
+            elif core2 is not None and core2.zig_steps is not None:
+                core2 = replace(core2, zig_steps=None)  # two steps have no others
             self.run(core2, self.config.prompts[0], seeds, 2, lambda count: None)
 
     def record(self, arm: Arm, plan: Plan, prompt: str, seed: int) -> dict[str, Any]:
@@ -130,6 +132,9 @@ class Studio:
             "w2s_scale": steps[slow[0]].w2s_scale if slow else None,
             "slow_steps": len(slow),
             "slow_positions": slow,
+            "zig_positions": list(plan.zigs),
+            "inversion_scale": steps[plan.zigs[0]].inversion_scale if plan.zigs else None,
+            "upstream": plan.upstream is not None,
             "head": arm.head,
             "height": job.height,
             "width": job.width,

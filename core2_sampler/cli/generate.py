@@ -15,8 +15,20 @@ from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 from core2_sampler.plan import PRESETS, Core2Config, Plan
 
-GenerateMode = Literal["fast", "balanced", "quality", "core", "cfg", "cond"]
+GenerateMode = Literal[
+    "fast", "balanced", "quality", "core", "zigzag", "zcore", "zfast", "cfg", "cond"
+]
 _CORE2_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Core2Config)}
+_ZIG_OPTIONS = {"zig_steps", "inversion_scale"}
+_OPTIONS_OF: dict[str, set[str]] = {
+    "cond": set(),
+    "cfg": set(),
+    "core": {"slow_steps", "w2s_scale"},
+    "zigzag": _ZIG_OPTIONS | {"upstream"},
+    "zcore": _ZIG_OPTIONS | {"upstream"},
+    "zfast": _ZIG_OPTIONS,
+}
+"""The options of `Core2Config` that act in each of its modes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +41,9 @@ class GenerateConfig:
     mode: GenerateMode = option(
         "fast",
         help="fast: one pass a step; balanced: CFG in the first quarter; quality: all slow; "
-        "core: as --slow-steps says; cfg: plain guidance; cond: no guidance.",
+        "core: as --slow-steps says; zigzag: each step made, undone and made again by cfg "
+        "(Z-Sampling); zcore: undone by the head; zfast: all of that by the head; "
+        "cfg: plain guidance; cond: no guidance.",
     )
     guidance_scale: float | None = option(
         None, help="Strength of guidance; by default what the model's head was made for.", min=1
@@ -38,6 +52,11 @@ class GenerateConfig:
     slow_steps: int | float | tuple[int, ...] | None = option(
         None, help=_CORE2_HELP["slow_steps"] + "."
     )
+    zig_steps: int | float | tuple[int, ...] | None = option(
+        None, help=_CORE2_HELP["zig_steps"] + "."
+    )
+    inversion_scale: float | None = option(None, help=_CORE2_HELP["inversion_scale"] + ".")
+    upstream: bool = option(False, help=_CORE2_HELP["upstream"] + ".")
     num_images: int = option(1, help="Images for each prompt.", short="-n", min=1)
     batch_size: int = option(8, help="Images drawn at once; changes no image.", min=1)
     seed: int = option(0, help="Seed of the first image; the next has seed + 1.", min=0)
@@ -116,7 +135,7 @@ def check(config: GenerateConfig) -> Job:
         plan = core2.plan(config.steps, scale, head is not None and head.in_model)
     check_plan(config, plan, head)
     if head is not None and plan.needs_head:
-        head.check_scale(scale)
+        check_scales(plan, head)
         head.check_size(height, width)
     used = head if plan.needs_head else None
     tokens = model.check_tokens(config.max_sequence_length)
@@ -124,19 +143,18 @@ def check(config: GenerateConfig) -> Job:
 
 
 def core2_config(config: GenerateConfig) -> Core2Config:
-    """Turn mode, slow steps and scale into the pipelines' config; refuse what has no effect."""
-    given = {
-        name: getattr(config, name)
-        for name in ("slow_steps", "w2s_scale")
-        if getattr(config, name) is not None
-    }
-    if config.mode in PRESETS:
-        return dataclasses.replace(PRESETS[config.mode], **given)
-    if config.mode != "core" and given:
-        raise ConfigError(f"{min(given)} has no effect in mode {config.mode!r}; leave it out")
+    """Turn mode and its options into the pipelines' config; refuse what has no effect."""
+    values = {name: getattr(config, name) for name in set().union(*_OPTIONS_OF.values())}
+    given = {k: v for k, v in values.items() if v is not None and v is not False}
+    base = PRESETS.get(config.mode) or Core2Config(mode=config.mode)  # type: ignore[arg-type]
+    known = _OPTIONS_OF[base.mode]
+    if base.mode == "zcore" and config.upstream and config.inversion_scale is None:
+        known = known | {"w2s_scale"}
+    if unused := sorted(given.keys() - known):
+        raise ConfigError(f"{unused[0]} has no effect in mode {config.mode!r}; leave it out")
     if config.mode == "cond" and config.guidance_scale is not None:
         raise ConfigError("guidance_scale has no effect in mode 'cond'; leave it out")
-    return Core2Config(mode=config.mode, **given)  # type: ignore[arg-type]
+    return dataclasses.replace(base, **given)
 
 
 def check_plan(config: GenerateConfig, plan: Plan, head: HeadFiles | None) -> None:
@@ -156,6 +174,21 @@ def check_plan(config: GenerateConfig, plan: Plan, head: HeadFiles | None) -> No
         )
     if config.w2s_scale is not None and not plan.needs_uncond:
         raise ConfigError("w2s_scale has no effect without slow steps; give --slow-steps")
+
+
+def check_scales(plan: Plan, head: HeadFiles) -> None:
+    """Check that the head was made for the guidance scales that a plan asks it for."""
+    for step in plan.steps:
+        if step.kind in ("fast", "slow"):
+            head.check_scale(step.guidance_scale)
+        if step.inversion == "fast":
+            try:
+                head.check_scale(step.inversion_scale)
+            except ConfigError as error:
+                raise ConfigError(
+                    "inversion_scale must be 0, 1 or a scale of the head, got "
+                    f"{step.inversion_scale:g}: {error}"
+                ) from None
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise
 from core2_sampler.pipelines.adapters.flow import flow_schedule, shift_of_size
-from core2_sampler.plan import Plan
+from core2_sampler.steps import Plan
 from core2_sampler.types import Conditioning
 
 STOCK_GUIDANCE = 3.5
@@ -91,6 +91,7 @@ def check_cache(module: nn.Module, plan: Plan) -> None:
     A CFG pair is one pass of 2B rows here, so a cache that counts passes or keeps one state for
     all of them fails in a plan that has pairs. First-block caching compares before it reuses, and
     keeps apart what `FluxDenoiser` names apart; but it cannot see an in-model head go on and off.
+    Zigzag steps go back and forth between noise levels, which no cache expects.
 
     Args:
         module: the network.
@@ -100,7 +101,12 @@ def check_cache(module: nn.Module, plan: Plan) -> None:
         ValueError: see above.
     """
     config = getattr(module, "_cache_config", None)
-    kinds = {step.kind for step in plan.steps}
+    if config is not None and plan.zigs:
+        raise ValueError(
+            "the transformer's cache must be off for zigzag steps, got "
+            f"{type(config).__name__}: call disable_cache(), or use another mode"
+        )
+    kinds = plan.kinds
     one_pass_a_step = kinds in ({"cond"}, {"fast"})
     first_block = isinstance(config, FirstBlockCacheConfig) and not (
         plan.needs_head and plan.in_model

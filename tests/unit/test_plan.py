@@ -24,12 +24,62 @@ def kinds(plan):
         ({"mode": "core", "slow_steps": 8}, 16),
         ({"mode": "core", "slow_steps": 3, "in_model": True}, 14),
         ({"mode": "core", "slow_steps": 3, "in_model": True, "w2s_scale": 1.0}, 11),
+        ({"mode": "zigzag", "inversion_scale": 0.5}, 6 * 8 - 4),
+        ({"mode": "zigzag"}, 5 * 8 - 3),
+        ({"mode": "zigzag", "inversion_scale": 1.0}, 5 * 8 - 3),
+        ({"mode": "zigzag", "inversion_scale": 0.5, "zig_steps": 2}, 16 + 2 * 4),
+        ({"mode": "zcore", "inversion_scale": 0.5}, 5 * 8 - 3),
+        ({"mode": "zfast", "inversion_scale": 0.5}, 3 * 8 - 2),
+        ({"mode": "zfast", "in_model": True}, 3 * 8 - 2),
+        ({"mode": "zfast", "zig_steps": (0, 6)}, 8 + 2 * 2),
     ],
 )
 def test_nfe(options, nfe):
     plan = make_plan(num_steps=8, guidance_scale=4.0, **options)
     assert plan.nfe == nfe
     assert len(plan) == 8
+
+
+def inversions(plan):
+    return [(step.inversion, step.inversion_scale) for step in plan.steps]
+
+
+def test_zigzag_steps_are_all_but_the_last_or_those_asked_for():
+    assert make_plan("zigzag", 4, 3.0).zigs == (0, 1, 2)
+    assert make_plan("zigzag", 1, 3.0) == make_plan("cfg", 1, 3.0)
+    assert make_plan("zfast", 4, 3.0, zig_steps=0) == make_plan("core", 4, 3.0)
+    assert make_plan("zigzag", 4, [3.0, 1.0, 3.0, 3.0]).zigs == (0, 2)
+    shares = [Core2Config(mode="zcore", zig_steps=share) for share in (0.0, 0.25, 1.0)]
+    assert [len(config.plan(9, 3.0).zigs) for config in shares] == [0, 2, 8]
+    assert Core2Config(mode="zcore", zig_steps=[1]).plan(4, 3.0).zigs == (1,)
+
+
+def test_a_zigzag_step_is_undone_by_one_pass_where_one_is_enough():
+    def undone(mode, scale, **options):
+        return make_plan(mode, 2, 3.0, inversion_scale=scale, **options).steps[0].inversion
+
+    assert [undone("zigzag", b) for b in (-1, 0, 0.5, 1)] == ["cfg", "uncond", "cfg", "cond"]
+    assert [undone("zcore", b) for b in (-1, 0, 0.5, 1)] == ["fast", "fast", "fast", "cond"]
+    assert [undone("zfast", b, in_model=True) for b in (0, 1, 3)] == ["uncond", "cond", "fast"]
+
+
+def test_the_predictions_that_undo_are_a_plan():
+    plan = make_plan("zcore", 3, 3.0, inversion_scale=0.5, in_model=True)
+    assert [(s.kind, s.guidance_scale) for s in plan.undo.steps] == [
+        ("fast", 0.5),
+        ("fast", 0.5),
+        ("cond", 1.0),
+    ]
+    assert plan.undo.in_model
+
+
+def test_upstream_zcore_undoes_by_its_weight_of_the_head():
+    """Identity of the released formula: cond + w (weak - cond) is scale 1 + w (s - 1)."""
+    plan = make_plan("zcore", 3, [3.5, 5.0, 2.0], w2s_scale=1.5, upstream=True)
+    assert inversions(plan)[:2] == [("fast", 4.75), ("fast", 7.0)]
+    assert plan.upstream == "zcore"
+    given = make_plan("zcore", 3, 3.5, inversion_scale=0.5, upstream=True)
+    assert inversions(given)[0] == ("fast", 0.5)
 
 
 def test_slow_steps_come_first_or_where_they_are_put():
@@ -80,6 +130,12 @@ def test_a_scale_of_1_or_less_is_a_cond_step(mode):
         ({"slow_steps": (1, 1)}, "repeat"),
         ({"slow_steps": (0.5,)}, "ints"),
         ({"mode": "cfg", "slow_steps": 2}, "belongs to mode 'core'"),
+        ({"zig_steps": 2}, "belongs to mode 'zigzag' or 'zcore' or 'zfast', got 2"),
+        ({"mode": "cfg", "inversion_scale": 0.0}, "belongs to mode 'zigzag'"),
+        ({"mode": "zfast", "upstream": True}, "belongs to mode 'zigzag' or 'zcore'"),
+        ({"mode": "zigzag", "zig_steps": 4}, r"number of steps but the last \(3\), got 4"),
+        ({"mode": "zigzag", "zig_steps": (3,)}, r"0\.\.2"),
+        ({"mode": "zigzag", "inversion_scale": math.nan}, "inversion_scale must be a finite"),
     ],
 )
 def test_bad_plans_are_refused(options, message):
@@ -90,6 +146,8 @@ def test_bad_plans_are_refused(options, message):
 def test_a_step_refuses_an_unknown_kind():
     with pytest.raises(ValueError, match="did you mean 'fast'"):
         Step("fas", 3.0)
+    with pytest.raises(ValueError, match="did you mean 'fast'"):
+        Step("cfg", 3.0, inversion="fas")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +177,8 @@ def test_config_scales_replace_the_single_one():
 def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match="share"):
         Core2Config(slow_steps=1.5)
+    with pytest.raises(ValueError, match="zig_steps written with a point"):
+        Core2Config(mode="zigzag", zig_steps=-0.5)
     with pytest.raises(ValueError, match="unknown mode"):
         Core2Config(mode="fast")
     with pytest.raises(ValueError, match="did you mean 'quality'"):

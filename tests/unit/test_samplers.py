@@ -14,7 +14,13 @@ from diffusers import (
 
 from core2_sampler.guidance import make_predict
 from core2_sampler.plan import make_plan
-from core2_sampler.samplers import invert_euler, sample_dpmpp_2m, sample_euler, sample_scheduler
+from core2_sampler.samplers import (
+    euler_inverse,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_scheduler,
+    sample_zigzag,
+)
 from core2_sampler.schedules import flow_sigmas, sigmas_from_scheduler
 from core2_sampler.testing import GaussianDenoiser
 
@@ -32,8 +38,8 @@ def setting(path, sigma):
     return denoiser, randn(2, 3, 2, 2) * max(sigma, 1), means
 
 
-def guided(denoiser, sigmas, means):
-    plan = make_plan("cfg", len(sigmas) - 1, SCALE)
+def guided(denoiser, sigmas, means, steps=None):
+    plan = make_plan("cfg", steps or len(sigmas) - 1, SCALE)
     return make_predict(denoiser, sigmas, plan, *map(denoiser.prompt, means))
 
 
@@ -79,14 +85,15 @@ def test_from_pure_noise_to_data(solver):
 
 
 @pytest.mark.parametrize(("path", "last"), [("flow", 0.0), ("flow", 0.05), ("ve", 0.1)])
-def test_invert_euler_undoes_sample_euler_to_first_order(path, last):
+def test_euler_inverse_undoes_sample_euler_to_first_order(path, last):
     errors = []
     for n in (32, 64, 128):
         sigmas = GRIDS[path](n) if last else flow_sigmas(n)
         denoiser, x, means = setting(path, float(sigmas[0]))
-        predict = guided(denoiser, sigmas, means)
-        there = sample_euler(predict, x, sigmas)
-        back = invert_euler(predict, there, sigmas)
+        there = back = sample_euler(guided(denoiser, sigmas, means), x, sigmas)
+        invert = euler_inverse(guided(denoiser, sigmas[1:], means, n), sigmas)
+        for i in reversed(range(n)):
+            back = invert(back, i)
         errors.append(float((back - x).norm() / (there - x).norm()))
     assert errors[-1] < 0.1
     assert all(0.8 < found < 1.3 for found in orders(errors)), (errors, orders(errors))
@@ -168,7 +175,12 @@ def test_a_stochastic_scheduler_draws_from_the_generator(global_random_state):
     assert not torch.equal(images(1), images(2))
 
 
-@pytest.mark.parametrize("solver", [sample_euler, sample_dpmpp_2m, invert_euler])
+def all_zigzag(predict, x, sigmas, *, on_step=None):
+    every = range(len(sigmas) - 1)
+    return sample_zigzag(predict, x, sigmas, undo=predict, zigs=every, on_step=on_step)
+
+
+@pytest.mark.parametrize("solver", [sample_euler, sample_dpmpp_2m, all_zigzag])
 def test_on_step_sees_every_step_and_may_replace_the_latents(solver):
     sigmas = GRIDS["flow"](4)
     x, seen = torch.zeros(1, 1, 2, 2), []
@@ -178,16 +190,15 @@ def test_on_step_sees_every_step_and_may_replace_the_latents(solver):
         return torch.full_like(x, 7.0) if len(seen) == 4 else None
 
     out = solver(lambda x, i: torch.ones_like(x), x, sigmas, on_step=on_step)
-    assert seen == ([3, 2, 1, 0] if solver is invert_euler else [0, 1, 2, 3])
+    assert seen == [0, 1, 2, 3]
     assert (out == 7.0).all()
 
 
-@pytest.mark.parametrize("solver", [sample_euler, sample_dpmpp_2m, invert_euler])
+@pytest.mark.parametrize("solver", [sample_euler, sample_dpmpp_2m, all_zigzag])
 def test_latents_keep_their_dtype_and_updates_are_float32(solver):
     x = torch.full((1, 1, 1, 1), 1.0, dtype=torch.bfloat16)
     sigmas = torch.tensor([0.5, 0.25], dtype=torch.float64)
     out = solver(lambda x, i: torch.full_like(x, 1 / 3), x, sigmas)
     assert out.dtype == torch.bfloat16
     step = 0.25 * float(torch.tensor(1 / 3, dtype=torch.bfloat16))
-    expected = torch.tensor(1.0 + step if solver is invert_euler else 1.0 - step)
-    assert out.item() == expected.bfloat16().item()
+    assert out.item() == torch.tensor(1.0 - step).bfloat16().item()

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from core2_sampler.attachment import attach as attach
+    from core2_sampler.attachment import attached as attached
+    from core2_sampler.attachment import detach as detach
     from core2_sampler.pipelines.auto import CoRe2Pipeline as CoRe2Pipeline
     from core2_sampler.pipelines.flux import CoRe2FluxPipeline as CoRe2FluxPipeline
     from core2_sampler.pipelines.sd3 import (
@@ -28,6 +31,9 @@ _HOMES = {
     "CoRe2StableDiffusionXLPipeline": "core2_sampler.pipelines.sdxl",
     "Core2Config": "core2_sampler.plan",
     "PRESETS": "core2_sampler.plan",
+    "attach": "core2_sampler.attachment",
+    "attached": "core2_sampler.attachment",
+    "detach": "core2_sampler.attachment",
     "load_head": "core2_sampler.weak_heads",
     "make_plan": "core2_sampler.plan",
 }

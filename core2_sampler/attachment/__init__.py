@@ -1,0 +1,245 @@
+"""Plug in anywhere: a weak head under the stock loop of a pipeline that is not ours."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from core2_sampler.attachment.networks import Network, find_networks
+from core2_sampler.attachment.run import Run, check_no_faster_cache
+from core2_sampler.pipelines.stock import CoRe2Mixin
+from core2_sampler.plan import Core2Config, Plan, resolve_config
+from core2_sampler.weak_heads import HEADS, load_head
+from core2_sampler.weak_heads.base import WeakHead
+
+UNTRAINED = ("cond", "last_gap")
+"""The heads that may be named, because there is nothing to train in them."""
+
+_MODES = ("cond", "cfg", "core")
+_OPTIONS = ("slow_steps", "w2s_scale", "guidance_scales")
+"""The modes and options of a config that act on guidance alone."""
+
+_OWN_PIPELINES = {
+    "sdxl": "CoRe2StableDiffusionXLPipeline",
+    "sd3": "CoRe2StableDiffusion3Pipeline",
+    "flux": "CoRe2FluxPipeline",
+}
+
+_NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
+
+
+@dataclass(slots=True)
+class _Attachment:
+    """What is attached, and the plan of the latest call."""
+
+    head: WeakHead | None
+    config: Core2Config
+    scale_name: str
+    plan: Plan | None = None
+
+    def run(self, pipe: Any, stock_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.plan = None
+        bound = inspect.signature(stock_call).bind(pipe, *args, **kwargs)
+        bound.apply_defaults()
+        call, networks = bound.arguments, find_networks(pipe)
+        if not self._asks_for_guidance(call, networks[0].layout.scale_offset):
+            return stock_call(pipe, *args, **kwargs)
+        run = Run(pipe, networks, self.head, self.config, call, self.scale_name)
+        try:
+            with run.hooked():
+                return stock_call(pipe, *args, **kwargs)
+        finally:
+            self.plan = run.plan
+
+    def _asks_for_guidance(self, call: Mapping[str, Any], scale_offset: float) -> bool:
+        """Say whether the stock call would run the negative prompt at all."""
+        if not call[self.scale_name] + scale_offset > 1:
+            return False
+        if self.scale_name == "guidance_scale":
+            return True  # the negative prompt is the empty one where none is given
+        return any(call.get(name) is not None for name in _NEGATIVES)
+
+
+def attach(
+    pipe: Any, *, head: WeakHead | str | Path | None = None, core2: str | Core2Config
+) -> Any:
+    """Guide a stock diffusers pipeline by a weak head from its next call on.
+
+    The stock loop stays as it is; only what it is told in the place of uncond changes, so
+    callbacks, schedulers, guidance rescale, ControlNets, LoRAs and IP-Adapters act as without us.
+    Calls whose guidance scale is 1 or less are those of the stock class.
+
+    Args:
+        pipe: the pipeline; this instance alone changes.
+        head: a weak head, the folder of one, or the name of one that needs no training
+            (``last_gap``, ``cond``). Outside SDXL, SD3 and FLUX its family is the name of the
+            network's class, and it gets what that network is given.
+        core2: ``fast``, ``balanced``, ``quality``, or a `Core2Config`.
+
+    Returns:
+        The pipeline itself; its ``core2_plan`` is the plan of the latest call.
+
+    Raises:
+        ValueError: the pipeline is ours, attached already, has no classifier-free guidance or a
+            network that is not known; the head is missing or of another model; FasterCache is on;
+            or the config asks for what cannot be done from inside a network.
+        TypeError: `core2` or `head` is of another type.
+    """
+    if isinstance(pipe, CoRe2Mixin):
+        raise ValueError(
+            f"pipe must be a stock pipeline, got {type(pipe).__name__}, which is ours: "
+            "pass core2= to its call"
+        )
+    if is_attached(pipe):
+        raise ValueError(
+            f"pipe must not be attached already, got an attached {type(pipe).__name__}: "
+            "call detach(pipe) first"
+        )
+    networks = find_networks(pipe)
+    scale_name = _scale_name(pipe)
+    config = resolve_config(core2)
+    _check_config(config, networks)
+    for network in networks:
+        check_no_faster_cache(network.module)
+    found = _find_head(head, networks[0])
+    _check_head(found, config, networks)
+    pipe._core2_attachment = _Attachment(found, config, scale_name)
+    pipe.__class__ = _attached_class(type(pipe))
+    return pipe
+
+
+def detach(pipe: Any) -> Any:
+    """Undo `attach`.
+
+    Args:
+        pipe: an attached pipeline.
+
+    Returns:
+        The pipeline itself, as it was.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    if not is_attached(pipe):
+        raise ValueError(f"pipe must be attached, got a plain {type(pipe).__name__}")
+    pipe.__class__ = type(pipe).__mro__[1]
+    del pipe._core2_attachment
+    return pipe
+
+
+@contextmanager
+def attached(
+    pipe: Any, *, head: WeakHead | str | Path | None = None, core2: str | Core2Config
+) -> Iterator[Any]:
+    """`attach` for the length of a context, with the same arguments and errors.
+
+    Args:
+        pipe: the pipeline.
+        head: the weak head.
+        core2: how to spend the passes.
+
+    Yields:
+        The pipeline itself.
+    """
+    attach(pipe, head=head, core2=core2)
+    try:
+        yield pipe
+    finally:
+        if is_attached(pipe):
+            detach(pipe)
+
+
+def is_attached(pipe: Any) -> bool:
+    """Say whether `attach` acts on a pipeline."""
+    return "_core2_attachment" in vars(pipe)
+
+
+def _attached_class(stock: type) -> type:
+    """Return the class of an attached pipeline: the stock one under its own name, but its call."""
+    stock_call: Any = stock.__call__
+
+    @functools.wraps(stock_call)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._core2_attachment.run(self, stock_call, args, kwargs)
+
+    members = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    plan = property(lambda self: self._core2_attachment.plan)
+    return type(stock.__name__, (stock,), {**members, "__call__": call, "core2_plan": plan})
+
+
+def _scale_name(pipe: Any) -> str:
+    """Return the call's argument that is the scale of classifier-free guidance."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in names), None)
+    if scale is None or not any(name in names for name in _NEGATIVES):
+        raise ValueError(
+            "pipe must have classifier-free guidance, a guidance scale and a negative prompt, got "
+            f"{type(pipe).__name__} without: there is no second pass to save"
+        )
+    return scale
+
+
+def _check_config(config: Core2Config, networks: list[Network]) -> None:
+    defaults = type(config)()
+    given = {item.name: getattr(config, item.name) for item in fields(config)}
+    for name, value in given.items():
+        known = value in _MODES if name == "mode" else name in _OPTIONS
+        if not known and value != getattr(defaults, name):
+            own = _OWN_PIPELINES.get(networks[0].family)
+            raise ValueError(
+                f"a config must act on guidance alone, got {name}={value!r}, which needs the "
+                "latents and the scheduler too, as Z-Sampling does: use "
+                + (own or f"a model of {', '.join(_OWN_PIPELINES.values())}")
+            )
+    if config.guidance_scales is not None and len(networks) > 1:
+        raise ValueError(
+            "guidance_scales must be left out for a pipeline of two networks, which have a scale "
+            f"each, got {config.guidance_scales}"
+        )
+
+
+def _find_head(head: WeakHead | str | Path | None, network: Network) -> WeakHead | None:
+    if head is None or isinstance(head, WeakHead):
+        return head
+    if not isinstance(head, str | Path):
+        raise TypeError(f"head must be a weak head, its folder or a name, got {head!r}")
+    if head in UNTRAINED:
+        return HEADS.get(str(head)).for_denoiser(network)  # type: ignore[arg-type]
+    if head in HEADS.names():
+        raise ValueError(
+            f"a head must be given by its folder where it has to be trained, got {head!r}: by name "
+            f"there are {', '.join(UNTRAINED)}"
+        )
+    return load_head(head, network.family)
+
+
+def _check_head(head: WeakHead | None, config: Core2Config, networks: list[Network]) -> None:
+    """Refuse what could not run, whatever the number of steps."""
+    if head is None:
+        if config.mode == "core":
+            raise ValueError(
+                "mode 'core' needs a weak head, got none: pass head=, or use "
+                "core2=Core2Config(mode='cfg')"
+            )
+        return
+    network = networks[0]
+    head.check_family(network.family)
+    head.check_latents(network.latent_channels)
+    if head.needs_negative is not None:
+        raise ValueError(
+            "a head must not read the negative prompt ahead of the steps, got a released "
+            f"{type(head).__name__}: use {_OWN_PIPELINES[network.family]}"
+        )
+    if (head.in_model or head.needs_features) and network.denoiser is None:
+        raise ValueError(
+            f"a head must work on outputs alone for {network.family}, which has no adapter of "
+            f"ours, got {type(head).__name__}: use last_gap, cond or affine"
+        )
+    if head.in_model:
+        with head.attached(network.module):
+            pass

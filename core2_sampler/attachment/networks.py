@@ -1,0 +1,268 @@
+"""How the stock loops call a network, and what they hand it in the words of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+from torch import Tensor, nn
+
+from core2_sampler.pipelines.adapters.base import Family
+from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
+from core2_sampler.pipelines.adapters.flux import FluxFamily, pack, unpack
+from core2_sampler.pipelines.adapters.sd3 import SD3Family
+from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser, SDXLFamily
+from core2_sampler.pipelines.loop import map_tensors
+from core2_sampler.precision import wide, wide_dtype
+from core2_sampler.types import Denoiser
+from core2_sampler.weak_heads.base import WeakHead
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How diffusers' pipelines call a network.
+
+    Attributes:
+        tokens: a sample is [tokens, channels], not [channels, ...].
+        lists: samples are the items of lists, not the rows of tensors.
+        prompt_first: where both prompts share a batch, whether the prompt's rows come first.
+        scale_offset: what to add to the pipeline's guidance scale to get ours.
+    """
+
+    tokens: bool = False
+    lists: bool = False
+    prompt_first: bool = False
+    scale_offset: float = 0.0
+
+
+LAYOUTS = {
+    "AuraFlowTransformer2DModel": Layout(),
+    "ChromaTransformer2DModel": Layout(tokens=True),
+    "CogView4Transformer2DModel": Layout(),
+    "FluxTransformer2DModel": Layout(tokens=True),
+    "LTXVideoTransformer3DModel": Layout(tokens=True),
+    "Lumina2Transformer2DModel": Layout(),
+    "PixArtTransformer2DModel": Layout(),
+    "QwenImageTransformer2DModel": Layout(tokens=True),
+    "SD3Transformer2DModel": Layout(),
+    "SanaTransformer2DModel": Layout(),
+    "UNet2DConditionModel": Layout(),
+    "WanTransformer3DModel": Layout(),
+    # cond + scale * (cond - uncond)
+    "ZImageTransformer2DModel": Layout(lists=True, prompt_first=True, scale_offset=1.0),
+}
+"""The networks whose loops are known."""
+
+_FAMILIES: dict[str, Family] = {f.name: f for f in (SDXLFamily(), SD3Family(), FluxFamily())}
+
+_COMPONENTS = ("unet", "transformer", "transformer_2")
+
+_SAMPLE_NAMES = ("hidden_states", "sample", "x")
+
+_SHARED = {"image_rotary_emb"}
+"""Arguments whose first dimension is not that of the samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one pass."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Network:
+    """One network of a pipeline.
+
+    Attributes:
+        module: the network itself, also where ``torch.compile`` has wrapped it.
+        layout: how it is called.
+        family: ``sdxl``, ``sd3``, ``flux``, or else the name of its class.
+        latent_channels: channels C of its latents, or of their tokens outside FLUX.
+        denoiser: the adapter of one of our families.
+    """
+
+    module: nn.Module
+    layout: Layout
+    family: str
+    latent_channels: int
+    denoiser: Denoiser | None
+    _size: tuple[Tensor, int, tuple[int, int]] | None = None
+
+    def sample(self, call: Call) -> Tensor:
+        """Return what the network is to denoise, as the loop lays it out, [R, ...]."""
+        found = (
+            call.args[0]
+            if call.args
+            else next(call.kwargs[name] for name in _SAMPLE_NAMES if name in call.kwargs)
+        )
+        return torch.stack(found) if self.layout.lists else found
+
+    def rows(self, call: Call, batch: int, *, prompt: bool) -> Call:
+        """Return the B rows of one side of a call with 2B: of the prompt, or the negative one."""
+        start = batch if prompt != self.layout.prompt_first else 0
+
+        def side(x: Tensor) -> Tensor:
+            return x[start : start + batch] if x.ndim and len(x) == 2 * batch else x
+
+        def value(x: Any) -> Any:
+            if self.layout.lists and isinstance(x, list) and len(x) == 2 * batch:
+                return x[start : start + batch]
+            return map_tensors(side, x)
+
+        return Call(
+            tuple(value(x) for x in call.args),
+            {name: x if name in _SHARED else value(x) for name, x in call.kwargs.items()},
+        )
+
+    def prediction(self, output: Any) -> Tensor:
+        """Return the prediction inside what the network returned, [R, ...]."""
+        return torch.stack(output[0]) if self.layout.lists else output[0]
+
+    def split(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (cond, uncond) of a prediction of 2B rows."""
+        first, second = prediction.chunk(2)
+        return (first, second) if self.layout.prompt_first else (second, first)
+
+    def join(self, output: Any, cond: Tensor, uncond: Tensor) -> Any:
+        """Return what a pass of both prompts would have: 2B rows in the place of a prediction."""
+        pair = (cond, uncond) if self.layout.prompt_first else (uncond, cond)
+        return self.replace(output, torch.cat(pair))
+
+    def replace(self, output: Any, prediction: Tensor) -> Any:
+        """Return the network's output with another prediction, [R, ...], in it."""
+        new = list(prediction.unbind()) if self.layout.lists else prediction
+        if isinstance(output, tuple):
+            return (new, *output[1:])
+        return type(output)(**{**output, next(iter(output)): new})
+
+    @contextmanager
+    def capture(self, head: WeakHead | None) -> Iterator[Callable[[], Tensor | None]]:
+        """Record the last hidden state for a head that reads it; the callable returns it."""
+        if head is None or not head.needs_features or self.denoiser is None:
+            yield lambda: None
+            return
+        with self.denoiser.capture_features() as read:
+            yield read
+
+    def predict_gap(
+        self, head: WeakHead, cond: Tensor, call: Call, sigma: float, features: Tensor | None
+    ) -> Tensor:
+        """Ask a head for the gap, as the network would predict it.
+
+        Args:
+            head: an output head.
+            cond: prediction with the prompt, [B, ...].
+            call: the pass that made it, B rows.
+            sigma: noise level.
+            features: the last hidden state of the pass, if the head reads it.
+
+        Returns:
+            The gap, in the shape of `cond`; zero where that has more than the latents.
+        """
+        levels = torch.full((len(cond),), sigma, device=cond.device, dtype=wide_dtype(cond))
+        x, ours = self._grid(self.sample(call), call), self._grid(cond, call)
+        if self.family == "sdxl":  # the network sees x / sqrt(1 + sigma^2)
+            x = wide(x) * (1 + sigma**2) ** 0.5
+        if self._is_v():
+            ours = eps_from_v(ours, x, levels[:, None, None, None])
+        nothing = cond.new_zeros(len(cond), 0)
+        embeds = call.kwargs.get("encoder_hidden_states")
+        pooled = (call.kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
+        pooled = call.kwargs.get("pooled_projections") if pooled is None else pooled
+        gap = head(
+            ours,
+            x=x,
+            sigma=levels,
+            prompt_embeds=nothing[..., None] if embeds is None else embeds,
+            pooled=nothing if pooled is None else pooled,
+            features=features,
+        )
+        if self._is_v():
+            gap = v_from_eps(gap, torch.zeros_like(gap), levels[:, None, None, None])
+        return self._ungrid(gap, cond)
+
+    def true_gap(self, gap: Tensor, call: Call, sigma: float) -> Tensor:
+        """Return a gap of the network's predictions, [B, ...], as `WeakHead.observe` takes it."""
+        ours = self._grid(gap, call)
+        if not self._is_v():
+            return ours
+        return eps_from_v(ours, torch.zeros_like(ours), torch.full_like(ours[:, :1, :1, :1], sigma))
+
+    def _is_v(self) -> bool:
+        return isinstance(self.denoiser, SDXLDenoiser) and (
+            self.denoiser.prediction_type == "v_prediction"
+        )
+
+    def _grid(self, rows: Tensor, call: Call) -> Tensor:
+        """Return rows as [B, C, H, W], or [B, C, tokens, 1], or [B, C, frames * H, W]."""
+        if self.family == "flux":
+            tokens, size = self._image(call)
+            return unpack(rows[:, :tokens, : 4 * self.latent_channels], size)
+        if self.layout.tokens:
+            return rows[..., : self.latent_channels].mT[..., None]
+        rows = rows[:, : self.latent_channels]
+        return rows.flatten(2, -2) if rows.ndim > 4 else rows
+
+    def _ungrid(self, gap: Tensor, like: Tensor) -> Tensor:
+        """Undo `_grid`; what it left out is zero."""
+        if self.layout.tokens:
+            gap = pack(gap) if self.family == "flux" else gap[..., 0].mT
+            whole = gap.new_zeros(like.shape)
+            whole[:, : gap.shape[1], : gap.shape[2]] = gap
+        else:
+            whole = gap.new_zeros(like.shape)
+            whole[:, : gap.shape[1]] = gap.reshape(*gap.shape[:2], *like.shape[2:])
+        return whole
+
+    def _image(self, call: Call) -> tuple[int, tuple[int, int]]:
+        """Return FLUX's tokens of the image itself, which come first, and its latents' (H, W)."""
+        ids = call.kwargs["img_ids"]
+        if self._size is None or self._size[0] is not ids:
+            tokens = int((ids[:, 0] == 0).sum())
+            height, width = (2 * (int(side) + 1) for side in ids[:tokens, 1:].amax(0))
+            self._size = (ids, tokens, (height, width))
+        return self._size[1:]
+
+
+def find_networks(pipe: Any) -> list[Network]:
+    """Return the denoisers of a pipeline.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        ValueError: it has none, or one whose loop is not known.
+    """
+    found = [unwrap_module(m) for n in _COMPONENTS if (m := getattr(pipe, n, None)) is not None]
+    names = [type(module).__name__ for module in found]
+    if not found or any(name not in LAYOUTS for name in names):
+        raise ValueError(
+            f"attach knows pipelines around {', '.join(LAYOUTS)}, got "
+            f"{', '.join(names) or 'none'} in {type(pipe).__name__}"
+        )
+    return [_network(pipe, module) for module in found]
+
+
+def _network(pipe: Any, module: Any) -> Network:
+    name, config = type(module).__name__, module.config
+    layout, family = LAYOUTS[name], _family(module)
+    channels = config.in_channels
+    if family == "flux":
+        channels = (config.out_channels or channels) // 4
+    elif not layout.tokens:  # more in: an inpainting mask; more out: a learned variance
+        channels = min(channels, config.get("out_channels") or channels)
+    denoiser = _FAMILIES[family].denoiser(pipe) if family in _FAMILIES else None
+    return Network(module, layout, family, channels, denoiser)
+
+
+def _family(module: Any) -> str:
+    name, config = type(module).__name__, module.config
+    if name == "UNet2DConditionModel" and config.addition_embed_type == "text_time":
+        return name if config.encoder_hid_dim_type == "text_proj" else "sdxl"  # Kolors has its own
+    return {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}.get(name, name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core2_sampler.precision import wide, wide_dtype
+from core2_sampler.scales import Pair, SampleRule
 from core2_sampler.steps import Kind, Plan
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead, Predict
 
@@ -30,17 +31,20 @@ Stamp = tuple[tuple[int, int | None], ...]
 """See `stamp`."""
 
 
-def weak(cond: Tensor, gap: Tensor, guidance_scale: float) -> Tensor:
+def weak(cond: Tensor, gap: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Return the head's guided derivative, ``cond + (guidance_scale - 1) * gap``.
 
     Args:
         cond: derivative with the prompt, [B, C, H, W].
         gap: predicted ``cond - uncond``, same shape.
-        guidance_scale: 1 is exactly cond; with the true gap this is `strong`, bit for bit.
+        guidance_scale: 1 is exactly cond; with the true gap this is `strong`, bit for bit. One
+            for each sample, [B], or one for all.
 
     Returns:
         ``d``, shape and dtype of `cond`.
     """
+    if isinstance(guidance_scale, Tensor):
+        return (wide(cond) + (guidance_scale - 1)[:, None, None, None] * wide(gap)).to(cond.dtype)
     return torch.add(wide(cond), wide(gap), alpha=guidance_scale - 1).to(cond.dtype)
 
 
@@ -111,6 +115,7 @@ def make_predict(
     on_pair: OnPair | None = None,
     capture_features: bool = False,
     adjust: Adjust | None = None,
+    rule: SampleRule | None = None,
 ) -> Predict:
     """Bind network, prompt, head and plan into the ``d = predict(x, i)`` that samplers call.
 
@@ -131,6 +136,7 @@ def make_predict(
             does not read it.
         adjust: has the last word on predictions guided by a scale above 1, but for the fast steps
             of an in-model head, which know no cond.
+        rule: picks the scale of each sample where a step at a scale above 1 knows cond; begun here.
 
     Returns:
         The closure; its result has the dtype of the network's output.
@@ -154,7 +160,11 @@ def make_predict(
         cast(OutputHead, head).reset()
     levels = [float(s) for s in sigmas.tolist()]
     prompts = conditioning or (lambda _i: (cond, uncond))
-    return _Guided(denoiser, levels, plan, head, scale, prompts, on_pair, capture_features, adjust)
+    if rule is not None:
+        rule.begin(denoiser, len(plan))
+    return _Guided(
+        denoiser, levels, plan, head, scale, prompts, on_pair, capture_features, adjust, rule
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +180,7 @@ class _Guided:
     on_pair: OnPair | None
     capture_features: bool
     adjust: Adjust | None
+    rule: SampleRule | None
     _joined: tuple[Prompts, Stamp, Conditioning] | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
@@ -194,9 +205,21 @@ class _Guided:
         return self._adjusted(i, x, cond, guided, scale)
 
     def _adjusted(self, i: int, x: Tensor, cond: Tensor, guided: Tensor, scale: float) -> Tensor:
+        if self.rule is not None and scale > 1:
+            return self._ruled(self.rule, i, x, cond, (wide(guided) - wide(cond)) / (scale - 1))
         if self.adjust is not None and scale > 1:
             guided = self.adjust(i, x, cond, guided)
         return guided.to(cond.dtype)
+
+    def _ruled(self, rule: SampleRule, i: int, x: Tensor, cond: Tensor, gap: Tensor) -> Tensor:
+        """Guide each sample at the scale that the rule picks for it."""
+
+        def guided(scale: float | Tensor) -> Tensor:
+            d = weak(wide(cond), gap, scale)
+            return (d if self.adjust is None else self.adjust(i, x, cond, d)).to(cond.dtype)
+
+        levels = (self.sigmas[i], (*self.sigmas, 0.0)[i + 1])
+        return guided(rule(Pair(i, x, cond, gap, *levels, self.prompts(i)[0], guided)))
 
     def _fast(self, x: Tensor, sigma: Tensor, i: int, scale: float) -> Tensor:
         head, prompt = self.head, self.prompts(i)[0]

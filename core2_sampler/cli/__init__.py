@@ -20,6 +20,7 @@ COMMANDS = {
     "collect": ("core2_sampler.cli.collect", "Collect guided trajectories of a model."),
     "reflect": ("core2_sampler.cli.reflect", "Train a weak head on them."),
     "heads": ("core2_sampler.cli.heads", "Show the weak heads."),
+    "evaluators": ("core2_sampler.cli.evaluators", "Train what an online scale listens to."),
     "shapes": ("core2_sampler.cli.shapes", "Render, judge and train the embedded world."),
     "bench": ("core2_sampler.cli.bench", "Measure ways of sampling against each other."),
     "info": ("core2_sampler.cli.info", "Show versions, device, attention backends, models."),

@@ -1,0 +1,50 @@
+"""How several evaluators become one score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LEAST = 0.1  # of a score, as a divisor: scores are logits, whose unit is 1
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """Return scores with mean 0 and standard deviation 1 over the candidates of each sample.
+
+    So each evaluator has the same say, whatever its unit; equal scores become 0.
+
+    Args:
+        scores: [E, K, B].
+    """
+    centred = scores - scores.mean(1, keepdim=True)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(spread > 1e-6, centred / spread.clamp(min=1e-6), torch.zeros_like(centred))
+
+
+def adaptive_weights(now: Tensor, before: Tensor | None, *, upstream: bool = False) -> Tensor:
+    """Return the weight of each evaluator for each sample: its relative gain since the last step.
+
+    The paper's ``(e_t - e_{t+1}) / e_{t+1}`` weighs a loss negatively, and a gain too where the
+    score is negative. Here a gain over a score's size counts, a loss is 0, and weights sum to 1;
+    where nothing gained they are equal, as in the first step. The divisor is 0.1 at least.
+
+    Args:
+        now: mean score of the candidates, [E, B]; the paper's weight has no index of them.
+        before: the same of the step before; None in the first step.
+        upstream: the paper's formula as printed, but for the least divisor.
+
+    Returns:
+        Weights, [E, B].
+
+    Reference:
+        arXiv 2509.16131: the adaptive combination of evaluators.
+    """
+    equal = torch.full_like(now, 1 / len(now))
+    if before is None:
+        return equal
+    size = before.abs().clamp(min=_LEAST)
+    if upstream:
+        return (now - before) / size.copysign(before)
+    gain = ((now - before) / size).clamp(min=0)
+    total = gain.sum(0)  # [B]
+    return torch.where(total > 0, gain / total.clamp(min=torch.finfo(now.dtype).tiny), equal)

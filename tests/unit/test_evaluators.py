@@ -1,0 +1,397 @@
+"""Latent evaluators: the contract of each kind, their data, training and cost.
+
+Truth: closed forms of losses and FLOPs, the sampler's own final latents, made-up worlds in which
+one number of an image is what a word of its caption says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from core2_sampler.collect import CollectConfig, Job, collect, initial_latents
+from core2_sampler.evaluators import load_evaluator
+from core2_sampler.evaluators.base import Evaluator
+from core2_sampler.evaluators.cost import online_share
+from core2_sampler.evaluators.images import Finals, ImageFolder, final_latents
+from core2_sampler.evaluators.kinds import (
+    COLORS,
+    KINDS,
+    NUMBERS,
+    SIDES,
+    contrastive_loss,
+    edit_words,
+    ranking_loss,
+    real_loss,
+)
+from core2_sampler.evaluators.network import LatentEvaluator, from_flow, to_flow
+from core2_sampler.evaluators.pairs import CaptionPairs, EditPairs, RankedPairs, RealPairs
+from core2_sampler.evaluators.train import EvaluatorConfig, save_evaluator, train_evaluator
+from core2_sampler.full_size import FULL_SIZE
+from core2_sampler.guidance import make_predict
+from core2_sampler.plan import make_plan
+from core2_sampler.samplers import sample_euler
+from core2_sampler.schedules import flow_sigmas
+from core2_sampler.testing import GaussianDenoiser
+from core2_sampler.trajectory import Record, TrajectoryStore
+from core2_sampler.types import Conditioning
+
+CHANNELS, SIDE, PROMPT_DIM, POOLED_DIM = 4, 8, 12, 10
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(batch, seed=7):
+    return Conditioning(noise(batch, 5, PROMPT_DIM, seed=seed), noise(batch, POOLED_DIM, seed=seed))
+
+
+def small(kind, family="sd3", seed=0, num_layers=1):
+    x = torch.empty(1, CHANNELS, SIDE, SIDE)
+    sizes = {"patch_size": 2, "width": 64, "num_layers": num_layers}
+    return LatentEvaluator.for_model(kind, family, x, prompts(1), seed=seed, **sizes).eval()
+
+
+@pytest.fixture(params=KINDS.names())
+def evaluator(request):
+    """Return each kind, untrained."""
+    return small(request.param)
+
+
+def scored(evaluator, batch=3, height=8, width=8):
+    x, sigma = noise(batch, CHANNELS, height, width), torch.linspace(0, 1, batch)
+    with torch.no_grad():
+        return evaluator(x, sigma, prompts(batch))
+
+
+def test_it_scores_any_batch_and_resolution(evaluator):
+    assert isinstance(evaluator, Evaluator)
+    for shape in ((1, 8, 8), (3, 8, 12), (2, 7, 9)):
+        score = scored(evaluator, *shape)
+        assert score.shape == shape[:1] and score.dtype == torch.float32
+        assert torch.isfinite(score).all()
+    half = scored(evaluator.to(torch.bfloat16))
+    assert half.dtype == torch.float32 and torch.isfinite(half).all()
+
+
+def test_a_score_does_not_depend_on_batch_mates(evaluator):
+    x, sigma, prompt = noise(3, CHANNELS, 8, 8), torch.tensor([0.1, 0.5, 1.0]), prompts(3)
+    with torch.no_grad():
+        together = evaluator(x, sigma, prompt)
+        for row in range(3):
+            part = slice(row, row + 1)
+            own = Conditioning(prompt.prompt_embeds[part], prompt.pooled[part])
+            alone = evaluator(x[part], sigma[part], own)
+            torch.testing.assert_close(alone, together[part], atol=1e-5, rtol=1e-5)
+
+
+def test_it_reads_what_its_kind_says(evaluator):
+    x, sigma = noise(2, CHANNELS, 8, 8), torch.full((2,), 0.5)
+    with torch.no_grad():
+        first, other = (evaluator(x, sigma, prompts(2, seed)) for seed in (1, 2))
+        later = evaluator(x, sigma + 0.3, prompts(2, 1))
+    assert torch.equal(first, other) is (evaluator.config.kind == "fidelity")
+    assert (first - later).abs().min() > 1e-6  # it knows the noise level
+
+
+def test_it_is_the_same_after_saving_and_loading(evaluator, tmp_path):
+    evaluator.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    again = load_evaluator(tmp_path, family="sd3")
+    assert not again.training
+    torch.testing.assert_close(scored(again), scored(evaluator))
+    assert not torch.equal(scored(again), scored(small(evaluator.config.kind, seed=1)))
+    with pytest.raises(ValueError, match="must be made for flux, got one for sd3"):
+        load_evaluator(tmp_path, family="flux")
+    with pytest.raises(ValueError, match="must have 4 channels for this .* got 16"):
+        again(noise(1, 16, 8, 8), torch.ones(1), prompts(1))
+    weights = next(tmp_path.glob("*.safetensors"))
+    torch.save(again.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_evaluator(tmp_path)
+
+
+def test_what_is_no_evaluator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="folder that `core2 evaluators train` wrote"):
+        load_evaluator(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "TapHead"}))
+    with pytest.raises(ValueError, match="folder that `core2 evaluators train` wrote"):
+        load_evaluator(tmp_path, "sd3")
+    with pytest.raises(ValueError, match="did you mean 'alignment'"):
+        small("alignmnt")
+    with pytest.raises(ValueError, match="multiple of 64, got 100"):
+        LatentEvaluator("fidelity", "sd3", 4, 8, 8, width=100)
+
+
+def test_it_can_start_from_another_kind(global_random_state):
+    first, second = small("alignment", seed=1), small("preference", seed=2)
+    x, sigma = noise(2, CHANNELS, 8, 8), torch.full((2,), 0.4)
+    with torch.no_grad():
+        assert not torch.allclose(first.see(x, sigma), second.see(x, sigma))
+        second.start_from(first)
+        assert torch.equal(first.see(x, sigma), second.see(x, sigma))
+    with pytest.raises(ValueError, match="for sd3, got one for flux"):
+        second.start_from(small("alignment", family="flux"))
+    with pytest.raises(ValueError, match="of the same sizes, got other num_layers"):
+        second.start_from(small("fidelity", num_layers=2))
+
+
+def test_every_noise_schedule_is_seen_as_the_flow():
+    x0, eps, sigma = noise(2, 4, 2, 2), noise(2, 4, 2, 2, seed=1), torch.tensor([0.25, 3.0])
+    level = sigma[:, None, None, None]
+    x, share = to_flow(x0 + level * eps, sigma, "ve")
+    torch.testing.assert_close(share, torch.tensor([0.2, 0.75]))
+    torch.testing.assert_close(
+        x, (1 - share)[:, None, None, None] * x0 + share[:, None, None, None] * eps
+    )
+    back = from_flow(x, share, "ve")
+    torch.testing.assert_close(back[0], x0 + level * eps)
+    torch.testing.assert_close(back[1], sigma)
+    assert to_flow(x, sigma, "flow")[0] is x
+    # so the same weights say the same of the same latents, in both conventions
+    flow, ve = small("fidelity"), small("fidelity", family="sdxl")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            flow(x, share, prompts(2)), ve(x0 + level * eps, sigma, prompts(2))
+        )
+
+
+def test_losses_are_their_formulas():
+    logits = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+    rows = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-2))]
+    columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
+    wanted = (sum(rows) / 2 + sum(columns) / 2) / 2
+    assert float(contrastive_loss(logits, ["a", "b"])) == pytest.approx(wanted)
+    # equal captions share the match: cross entropy against one half each
+    flat = contrastive_loss(torch.zeros(2, 2), ["a", "a"])
+    assert float(flat) == pytest.approx(math.log(2))
+    better, worse = torch.tensor([1.0]), torch.tensor([-1.0])
+    assert float(ranking_loss(better, worse)) == pytest.approx(math.log(1 + math.exp(-2)))
+    assert float(real_loss(better, worse)) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "possible"),
+    [
+        ("two red stars", (("two", "three"),), {"three red stars"}),
+        ("a red star and a blue ring", (("red", "blue"),), {"a blue star and a red ring"}),
+        ("a red star and a red ring", (("red", "blue"),), {"a blue star and a red ring",
+                                                            "a red star and a blue ring"}),
+        ("a star left of a ring", SIDES, {"a star right of a ring"}),
+        ("a tenth redder star", (NUMBERS, COLORS), {None}),
+        ("two stars", (("two",),), {None}),
+    ],
+)  # fmt: skip
+def test_an_edited_caption_means_something_else(text, words, possible):
+    assert {edit_words(text, words, random.Random(seed)) for seed in range(20)} == possible
+
+
+class World:
+    """Images whose channels 0, 1, 2 are what number, color and side their caption says."""
+
+    def captions(self, name, count):
+        rng = random.Random(name)
+        parts = (("two", "three"), ("red", "blue"), ("left", "right"))
+        return [f"{' '.join(rng.choice(part) for part in parts)}" for _ in range(count)]
+
+    def images(self, texts, seed):
+        signs = torch.tensor(
+            [[1.0 if w in ("two", "red", "left") else -1.0 for w in t.split()] for t in texts]
+        )
+        x0 = 0.3 * noise(len(texts), CHANNELS, SIDE, SIDE, seed=seed)
+        x0[:, :3] += signs.reshape(-1, 3, 1, 1)
+        return x0
+
+    def draw(self, step, count, accept=None):
+        texts = [t for t in self.captions(step, count) if accept is None or accept(t)]
+        return self.images(texts, step), texts
+
+    def held_out(self, accept=None):
+        return self.draw(10_000, 128, accept)
+
+
+def read(texts):
+    """Encode each word as a vector of its own."""
+    vectors = torch.stack(
+        [torch.stack([noise(PROMPT_DIM, seed=sum(map(ord, w))) for w in t.split()]) for t in texts]
+    )
+    return Conditioning(vectors, vectors[:, :, :POOLED_DIM].flatten(1)[:, :POOLED_DIM])
+
+
+def generated():
+    """Return images whose last channel is their rank, two of each of 80 prompts."""
+    world = World()
+    texts = [text for text in world.captions("generated", 80) for _ in range(2)]
+    x0, ranks = world.images(texts, 5), [float(i % 2) for i in range(160)]
+    x0[:, 3] += torch.tensor(ranks)[:, None, None] + 1
+    records = [Record(f"p{i // 2}", text, i % 2, 0, 4.0) for i, text in enumerate(texts)]
+    return Finals(x0, records), [(rank,) for rank in ranks]
+
+
+def source_of(kind):
+    world, (finals, ranks) = World(), generated()
+    if kind.lesson == "captions":
+        return CaptionPairs(world)
+    if kind.lesson == "edits":
+        return EditPairs(world, kind.words)
+    if kind.lesson == "generated":
+        return RealPairs(world, finals, 0.3)
+    return RankedPairs(finals, ranks, 0.3)
+
+
+SHORT = EvaluatorConfig(
+    steps=20, learning_rate=5e-3, warmup_steps=2, ema_decay=0.5, evaluations=1, save_seconds=0
+)
+
+
+def test_twenty_steps_lower_the_loss_and_beat_chance(evaluator, tmp_path):
+    source, kind = source_of(evaluator.kind), evaluator.config.kind
+    progress = train_evaluator(
+        evaluator, source, read, SHORT, folder=tmp_path / "run", log=lambda line: None
+    )
+    losses = [loss for _, _, loss in progress.losses]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    accuracy = progress.evaluations[-1]
+    # 0.75 over noise levels of which the last shows next to nothing
+    assert accuracy["accuracy"] > 0.75
+    assert accuracy["by_noise"]["0.3"] == pytest.approx(told(evaluator, source), abs=0.1)
+    assert accuracy["by_noise"]["0.1"] > accuracy["by_noise"]["0.9"] - 0.05
+    # the same call again, after the end or a kill, ends with the same weights
+    again = small(kind, seed=3)
+    train_evaluator(again, source, read, SHORT, folder=tmp_path / "run", log=lambda line: None)
+    assert torch.equal(scored(again), scored(evaluator))
+    card = save_evaluator(evaluator, tmp_path / "out", progress, SHORT, model="made up")
+    told_by_card = json.loads(card.read_text())
+    assert told_by_card["held_out_accuracy"] == accuracy["accuracy"]
+    assert told_by_card["kind"] == kind and told_by_card["model"] == "made up"
+    torch.testing.assert_close(scored(load_evaluator(tmp_path / "out")), scored(evaluator))
+
+
+def told(evaluator, source):
+    """Return how often the right example scores higher at noise 0.3, by whole calls."""
+    right = total = 0
+    for pairs in source.held_out(64):
+        sigma = torch.full((len(pairs.texts),), 0.3)
+        eps = noise(*pairs.x0.shape, seed=3)
+        other = pairs.x0 if pairs.other_x0 is None else pairs.other_x0
+        with torch.no_grad():
+            better = evaluator(0.7 * pairs.x0 + 0.3 * eps, sigma, read(pairs.texts))
+            worse = evaluator(
+                0.7 * other + 0.3 * eps, sigma, read(pairs.other_texts or pairs.texts)
+            )
+        right, total = right + int((better > worse).sum()), total + len(sigma)
+    return right / total
+
+
+def test_words_that_no_caption_has_do_not_replace_any():
+    pairs = EditPairs(World(), (NUMBERS, COLORS)).train(3, 200)
+    words = {word for text in pairs.other_texts for word in text.split()}
+    assert words == {"two", "three", "red", "blue", "left", "right"}
+    assert all(a != b for a, b in zip(pairs.texts, pairs.other_texts, strict=True))
+    with pytest.raises(ValueError, match="at least two of the words"):
+        EditPairs(World(), (("above", "below"),))
+
+
+def test_nothing_held_out_is_refused():
+    finals, ranks = generated()
+    with pytest.raises(ValueError, match="got 80 and 0 examples"):
+        RankedPairs(finals, ranks, 1e-9)
+    with pytest.raises(ValueError, match="0 and 0 examples"):
+        RankedPairs(finals, [(1.0,)] * 160, 0.3)
+
+
+def test_preference_is_by_the_first_rank_that_differs():
+    records = [Record("p", "a", seed, 0, 4.0) for seed in range(3)]
+    records += [Record(f"q{i}", "b", seed, 0, 4.0) for i in range(9) for seed in range(2)]
+    ranks = [(1.0, 0.2), (1.0, 0.3), (0.0, 0.9), *[(0.0, 1.0), (1.0, 0.0)] * 9]
+    finals = Finals(torch.arange(21.0).reshape(21, 1, 1, 1), records)
+    source = RankedPairs(finals, ranks, 0.3)
+    found = set()
+    for pairs in [source.train(step, 32) for step in range(9)] + list(source.held_out(99)):
+        found |= set(
+            zip(pairs.x0.flatten().tolist(), pairs.other_x0.flatten().tolist(), strict=True)
+        )
+    assert {(a, b) for a, b in found if a < 3} == {(1, 0), (0, 2), (1, 2)}
+    assert {(a, b) for a, b in found if a >= 3} == {(4 + 2 * i, 3 + 2 * i) for i in range(9)}
+
+
+def test_final_latents_are_those_of_the_sampler(tmp_path):
+    denoiser, sigmas = GaussianDenoiser(), flow_sigmas(5)
+    means = {"a": noise(1, 4, seed=1), "b": noise(1, 4, seed=2)}
+
+    def encode(texts):
+        cond = torch.cat([means[text] for text in texts])
+        return denoiser.prompt(cond), denoiser.prompt(0 * cond)
+
+    jobs = [Job(text, text, seed) for text in means for seed in range(2)]
+    store, config = TrajectoryStore(tmp_path), CollectConfig(guidance_scales=(2.0, 5.0))
+    collect(denoiser, encode, jobs, store, config, sigmas=sigmas, latent_shape=(4, 3, 3))
+    finals = final_latents(store)
+    assert len(finals.records) == 4
+    for x0, record in zip(finals.x0, finals.records, strict=True):
+        plan = make_plan("cfg", 5, record.guidance_scale)
+        predict = make_predict(denoiser, sigmas, plan, *encode([record.prompt]))
+        wanted = sample_euler(predict, initial_latents([record.seed], (4, 3, 3)), sigmas)
+        torch.testing.assert_close(x0, wanted[0], atol=5e-3, rtol=5e-3)  # the store is in float16
+    other = TrajectoryStore(tmp_path / "other")
+    with pytest.raises(ValueError, match="must hold last steps"):
+        final_latents(other)
+
+
+def test_a_folder_of_images_is_read_once_each_and_split_by_file(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.png").touch()
+        (tmp_path / f"{i}.txt").write_text(f"{'two' if i % 2 else 'three'} number {i}\n")
+    (tmp_path / "no-caption.png").touch()
+    asked = []
+
+    def encode(file):
+        asked.append(file.stem)
+        return torch.full((1, 1, 1), float(file.stem))
+
+    images = ImageFolder(tmp_path, encode, 0.3)
+    _, kept = images.held_out()
+    seen = set()
+    for step in range(30):
+        x0, texts = images.draw(step, 8, lambda text: text.startswith("two"))
+        assert [f"two number {int(value)}" for value in x0.flatten()] == texts
+        seen |= set(texts)
+    assert seen and not seen & set(kept) and len(seen) + len(kept) < 40
+    assert len(asked) == len(set(asked))
+    with pytest.raises(ValueError, match="fitting captions"):
+        images.draw(0, 8, lambda text: False)
+    with pytest.raises(ValueError, match="got 0 in"):
+        ImageFolder(tmp_path / "none", encode, 0.3)
+
+
+# FLOPs of a pass of the denoiser for 1024 x 1024 px: see test_full_size.py.
+PASSES = {"sdxl": 6.761e12, "sd35-large": 31.121e12, "flux-dev": 74.385e12}
+
+
+def flops_by_hand(model, kind):
+    """Write the network down once more as matrix products: two FLOPs each."""
+    (words, prompt_dim), width, patches = model.prompt, 384, 16 * 16
+    products = 128**2 * model.latent_channels * 9 * 32 + patches * 32 * 8 * 8 * width
+    products += 2 * width**2  # the noise level
+    products += 6 * (12 * patches * width**2 + 2 * patches**2 * width)
+    if kind != "fidelity":
+        products += model.pooled * width + words * prompt_dim * width  # into the network
+        products += (2 + 2 * words) * width**2 + 2 * words * width  # attention
+        products += 2 * width**2 + width**2  # out of it, and the image's side
+    return 2 * (products + (width if kind in ("fidelity", "preference") else 0))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_all_evaluators_together_cost_under_three_percent_of_cfg(name):
+    model = FULL_SIZE.get(name)
+    by_hand = {kind: flops_by_hand(model, kind) for kind in KINDS.names()}
+    three = ("alignment", "fidelity", "preference")  # each way to score once
+    share = online_share(model, PASSES[name], three, candidates=4)
+    assert share == pytest.approx(4 * sum(by_hand[kind] for kind in three) / (2 * PASSES[name]))
+    assert 5 * sum(by_hand.values()) / (2 * PASSES[name]) <= 0.03

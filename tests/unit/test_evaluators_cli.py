@@ -1,0 +1,86 @@
+"""``core2 evaluators train`` on the embedded model. Truth: the renderer and the judge of Shapes."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from core2_sampler.cli.evaluators import ShapesImages, app, encode_pixels, rank, read_captions
+from core2_sampler.cli.loading import load_model
+from core2_sampler.config import ConfigError
+from core2_sampler.evaluators import load_evaluator
+from core2_sampler.evaluators.images import Finals
+from core2_sampler.model_files import find_model
+from core2_sampler.shapes.batches import sample_scenes
+from core2_sampler.shapes.world import held_out_prompts
+from core2_sampler.trajectory import Record
+
+
+def call(*args):
+    return app(args=list(args), standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["algnment"], "did you mean 'alignment'"),
+        (["fidelity"], "data must be given for fidelity and preference"),
+        (["alignment", "--data", "somewhere"], "data must be given for fidelity and preference"),
+        (["alignment", "numeracy"], "one kind of evaluator, got alignment, numeracy"),
+        (["alignment", "--model", "shapes-sd4"], "unknown model"),
+    ],
+)
+def test_bad_input_is_refused_before_any_model_loads(args, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        call("train", *args, "--steps", "2", "-o", str(tmp_path / "out"))
+
+
+def test_an_evaluator_is_trained_and_saved_with_its_card(tmp_path):
+    out = tmp_path / "numeracy"
+    small = ["--steps", "2", "--width", "64", "--num-layers", "1", "--batch-size", "32"]
+    call("train", "numeracy", *small, "--evaluations", "1", "--device", "cpu", "-o", str(out))
+    evaluator = load_evaluator(out, family="sd3")
+    assert evaluator.config.patch_size == 2  # 16 x 16 latents
+    card = json.loads((out / "card.json").read_text())
+    assert (
+        card["steps"] == 2 and card["model"] == "shapes-sd3" and 0 < card["held_out_accuracy"] < 1
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_model(find_model("shapes-sd3"), "cpu", "fp32")
+
+
+def test_latents_are_the_inverse_of_decoding_and_scorers_tell_right_from_wrong(pipe):
+    prompts = held_out_prompts(12, "val")
+    pixels, _ = sample_scenes(3, prompts)
+    x0 = encode_pixels(pipe, pixels)
+    with torch.no_grad():
+        error = (pipe.family.decode(pipe, x0) - pixels).square().mean()
+    assert error < 0.02  # over 23 dB
+    texts = [prompt.text for prompt in prompts]
+    for shift, right in ((0, True), (5, False)):
+        shifted = texts[shift:] + texts[:shift]
+        records = [Record(text, text, 0, 0, 4.0) for text in shifted]
+        verdicts = [ranks[0] for ranks in rank(Finals(x0, records), ["shapes"], pipe)]
+        assert sum(verdicts) >= 9 if right else sum(verdicts) <= 1
+
+
+def test_captions_are_encoded_as_prompts_are(pipe):
+    encode = partial(pipe.family.encode, pipe, max_sequence_length=16)
+    for texts in (["a red star"], ["a red star", "two rings", "a cross above a ring"]):
+        got, wanted = read_captions(encode, texts), encode(texts)[0]
+        torch.testing.assert_close(got.prompt_embeds, wanted.prompt_embeds)
+        torch.testing.assert_close(got.pooled, wanted.pooled)
+
+
+def test_held_out_captions_are_not_those_of_training(pipe):
+    images = ShapesImages(pipe)
+    held_out = held_out_prompts(480, "val")
+    x0, texts = images.draw(0, 8, lambda text: " and " in text)
+    assert len(x0) == len(texts) == 8 and all(" and " in text for text in texts)
+    assert not {prompt.text for prompt in held_out} & set(texts)

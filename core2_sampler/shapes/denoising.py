@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,12 +151,14 @@ def _noised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (network input, time in 0..1000, what to predict) for clean latents.
 
-    Without `signal` a flow: the velocity at sigma from a logit-normal (arXiv 2403.03206); else the
-    noise at a uniform timestep of the variance-preserving schedule with that ``alphas_cumprod``.
+    Without `signal` a flow: the velocity at sigma from a logit-normal, shifted as for sampling
+    (arXiv 2403.03206); else the noise at a uniform timestep of the variance-preserving schedule
+    with that ``alphas_cumprod``.
     """
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     if signal is None:
-        sigma = torch.sigmoid(torch.randn(len(x0), generator=generator)).to(x0.device)
+        normal = torch.randn(len(x0), generator=generator)
+        sigma = torch.sigmoid(normal + math.log(models.FLOW_SHIFT)).to(x0.device)
         level = sigma[:, None, None, None]
         return (1 - level) * x0 + level * noise, 1000 * sigma, noise - x0
     time = torch.randint(len(signal), (len(x0),), generator=generator)

@@ -37,6 +37,9 @@ from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = SIZE // 4
+FLOW_SHIFT = 3.0
+"""Of the flow models' noise levels, in training and in sampling: as in SD3.5, most lie high, where
+it is decided what will be where; plain shapes show through much noise."""
 _LOOK_AROUND = 4.0  # logits
 TEXT_WIDTH = 128  # of the text encoder; the pipelines hold it twice, as SD3.5 and SDXL hold two
 
@@ -166,7 +169,7 @@ def assemble_sd3(transformer: SD3Transformer2DModel, parts: Path) -> StableDiffu
     tokenizer = build_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         vae=AutoencoderKL.from_pretrained(parts / "vae"),
         text_encoder=encoder,
         tokenizer=tokenizer,
@@ -263,7 +266,7 @@ def assemble_flux(transformer: FluxTransformer2DModel, parts: Path) -> FluxPipel
     """
     return FluxPipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         vae=AutoencoderKL.from_pretrained(parts / "vae"),
         text_encoder=_plain_clip(parts),
         tokenizer=build_tokenizer(),

@@ -1,4 +1,4 @@
-"""Keep what was generated: hashes of what made it, and one file per finished batch."""
+"""Hashes of what makes an image, and files of final latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,14 +23,6 @@ _NOT_CONFIG = {
     "dtype",
     "torch_dtype",
 }
-
-
-class Kept(NamedTuple):
-    """One generated image: final latents [C, h, w], image [H, W, 3] uint8, counted NFE."""
-
-    latents: Tensor
-    image: Tensor
-    nfe: float
 
 
 def digest(*parts: Any) -> str:
@@ -58,31 +50,21 @@ def hash_component(component: Any) -> str:
         for name, tensor in sorted(component.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def write_batch(
-    folder: Path, keys: Sequence[str], latents: Tensor, images: Tensor, nfe: float
-) -> dict[str, Kept]:
-    """Keep a finished batch in one file; return it as ``read_batches`` will."""
-    tensors = {"latents": latents.contiguous(), "images": images.contiguous()}
-    data = save(tensors, {"keys": json.dumps(list(keys)), "nfe": repr(float(nfe))})
+def write_latents(folder: Path, keys: Sequence[str], latents: Tensor) -> None:
+    """Keep final latents [B, ...] of a batch in one file, under the keys of its images."""
+    data = save({"latents": latents.contiguous()}, {"keys": json.dumps(list(keys))})
     write_atomic(folder / f"{digest(list(keys))}.safetensors", data)
-    return _by_key(keys, latents, images, nfe)
 
 
-def read_batches(folder: Path) -> dict[str, Kept]:
-    """Return every image of the finished batches in a folder, by its key."""
-    kept: dict[str, Kept] = {}
+def read_latents(folder: Path) -> dict[str, Tensor]:
+    """Return all final latents that a folder keeps, by the key of their image."""
+    kept: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            about = file.metadata()
-            latents, images = file.get_tensor("latents"), file.get_tensor("images")
-        kept |= _by_key(json.loads(about["keys"]), latents, images, float(about["nfe"]))
+            keys, latents = json.loads(file.metadata()["keys"]), file.get_tensor("latents")
+        kept |= dict(zip(keys, latents, strict=True))
     return kept
-
-
-def _by_key(keys: Sequence[str], latents: Tensor, images: Tensor, nfe: float) -> dict[str, Kept]:
-    rows = zip(keys, latents, images, strict=True)
-    return {key: Kept(latent, image, nfe) for key, latent, image in rows}

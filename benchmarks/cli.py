@@ -7,6 +7,7 @@ to be good.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,10 @@ def bench_knee(config: KneeConfig) -> None:
 
 
 COMMANDS: dict[str, tuple[type[Any], Any]] = {
+    **suite_cli.COMMANDS,
     "shapes": (ShapesConfig, bench_shapes),
     "sweep": (SweepConfig, bench_sweep),
     "knee": (KneeConfig, bench_knee),
-    **suite_cli.COMMANDS,
 }
 """Name of each command, the dataclass of its options, and the function that takes it."""
 
@@ -153,12 +154,14 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         raise ConfigError(str(error)) from error
     import torch
 
+    from core2_sampler.benchmarks.progress import hide_loading
     from core2_sampler.benchmarks.study import Study
     from core2_sampler.pipelines.auto import load_pipeline
     from core2_sampler.shapes.judge import judge
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    hide_loading()
     pipe = load_pipeline(model.source, dtype=torch.float32)
     return Study(
         pipe=pipe.to(device),
@@ -166,10 +169,11 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         prompts=prompts,
         seeds=tuple(range(config.seeds)),
         judge=judge,
-        folder=config.cache,
+        folder=config.cache / "images",
         batch_size=config.batch_size,
         dtype=config.dtype,
         max_sequence_length=model.check_tokens(config.max_sequence_length),
+        keep_latents=True,
     )
 
 
@@ -179,8 +183,9 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
     Raises:
         ConfigError: if an arm's head does not fit the model.
     """
+    from core2_sampler.benchmarks.generate import judge_arm
     from core2_sampler.benchmarks.progress import progress_bars
-    from core2_sampler.benchmarks.runner import check_arm, run_arm
+    from core2_sampler.benchmarks.runner import check_arm
 
     try:
         for arm in arms:
@@ -192,7 +197,7 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
         def run(arm: Arm) -> ArmResult:
             about = f"{arm.name}, {arm.steps} steps, scale {arm.guidance_scale:g}"
             bar = progress.add_task(about, total=len(study.cases))
-            return run_arm(study, arm, on_batch=lambda done: progress.update(bar, completed=done))
+            return judge_arm(study, arm, on_images=partial(progress.advance, bar))
 
         return [run(arm) for arm in arms]
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from core2_sampler.benchmarks.geneval.layout import write_folder
-from core2_sampler.benchmarks.geneval.prompts import GenEvalPrompt, prompt_from_record
+from core2_sampler.benchmarks.geneval.layout import place_of, write_folder
 from core2_sampler.benchmarks.images import ImageRecord, ImageStore
+from core2_sampler.benchmarks.judges import geneval_prompt
 from core2_sampler.benchmarks.runs import Run, RunArm, store_of
-from core2_sampler.benchmarks.suites import SuitePrompt
 from core2_sampler.trajectory import write_atomic
 
 SUITE_OF = {"geneval": "geneval", "t2icompbench": "t2icompbench", "hpsv2": "hpdv2"}
 """The suite of each layout."""
+
+IMAGES_FILE = "core2-images.json"
+"""Beside images in GenEval's layout: their run, arm, and the sha256 of the kept file of each."""
 
 
 def export(out: Path, runs: Iterable[Run], layout: str, to: Path) -> list[tuple[Path, int]]:
@@ -43,13 +46,18 @@ def export(out: Path, runs: Iterable[Run], layout: str, to: Path) -> list[tuple[
     done = []
     for run in own:
         for entry in run.arms:
-            name = f"{entry.arm.name}-{entry.of_steps}-{entry.guidance_scale:g}"
-            folder = to / run.name / name
+            folder = to / run.name / folder_name(entry)
             store = store_of(out, entry)
             records = _records(run, entry, store)
             writer(folder, run, store, records)
             done.append((folder, len(records)))
     return done
+
+
+def folder_name(entry: RunArm) -> str:
+    """Return the name of an arm's folder; its end is that of the images alone."""
+    arm = f"{entry.arm.name}-{entry.of_steps}-{entry.guidance_scale:g}"
+    return f"{arm}-{Path(entry.folder).name[:6]}"
 
 
 Records = dict[str, ImageRecord]
@@ -68,18 +76,15 @@ def _records(run: Run, entry: RunArm, store: ImageStore) -> Records:
 
 
 def _geneval(folder: Path, run: Run, store: ImageStore, records: Records) -> None:
-    """Write ``00000/samples/00000.png`` beside the prompt's metadata."""
+    """Write ``00000/samples/00000.png`` beside the prompt's metadata, and what each image is."""
     images: dict[str, list[ImageRecord]] = {}
     for case in run.cases:
         images.setdefault(case.prompt.id, []).append(records[case.key])
-    write_folder(
-        folder,
-        ((_geneval_prompt(p), [store.read(r) for r in images[p.id]]) for p in run.prompts),
-    )
-
-
-def _geneval_prompt(prompt: SuitePrompt) -> GenEvalPrompt:
-    return prompt_from_record(dict(prompt.meta), prompt.id.rsplit("/", 1)[-1], prompt.id)
+    prompts = [(geneval_prompt(p), images[p.id]) for p in run.prompts]
+    write_folder(folder, ((p, [store.read(r) for r in own]) for p, own in prompts))
+    places = {place_of(p.id, k): r.sha256 for p, own in prompts for k, r in enumerate(own)}
+    about = {"run": run.name, "arm": folder.name, "images": places}
+    write_atomic(folder / IMAGES_FILE, json.dumps(about).encode())
 
 
 def _t2icompbench(folder: Path, run: Run, store: ImageStore, records: Records) -> None:

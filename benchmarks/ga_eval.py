@@ -34,10 +34,12 @@ class Difference:
     Attributes:
         estimate: mean difference with its interval.
         p_holm: p-value, corrected for all comparisons that are made together.
+        is_share: whether it is one of shares, which are told in points.
     """
 
     estimate: Estimate
     p_holm: float
+    is_share: bool = False
 
     @property
     def is_win(self) -> bool:
@@ -48,6 +50,18 @@ class Difference:
     def is_loss(self) -> bool:
         """Whether interval and test both say worse."""
         return self.estimate.high < 0 and self.p_holm < _ALPHA
+
+    @property
+    def text(self) -> str:
+        """Its numbers: ``+5.1 [+2, +8.3], p (Holm) 0.01``, the value alone without an interval."""
+        numbers = (self.estimate.value, self.estimate.low, self.estimate.high)
+        value, low, high = (
+            f"{100 * number:+.1f}" if self.is_share else f"{number:+.3g}" for number in numbers
+        )
+        unit = " points" if self.is_share else ""
+        if math.isnan(self.estimate.low):
+            return value + unit
+        return f"{value} [{low}, {high}]{unit}, p (Holm) {self.p_holm:.2g}"
 
 
 @contextmanager
@@ -152,6 +166,11 @@ def verdict(name: str, default: Difference, matched: Difference) -> str:
         One sentence.
     """
     against = "CFG at its own effective scale and NFE"
+    if math.isnan(default.estimate.low) and math.isnan(matched.estimate.low):
+        return (
+            f"{name}: too few prompts, or no spread, for an interval against default CFG "
+            f"({default.text}) or {against} ({matched.text}): nothing is shown."
+        )
     facts = f"{name} {_outcome(default, 'default CFG')} and {_outcome(matched, against)}"
     if matched.is_win:
         if default.is_win:
@@ -163,15 +182,13 @@ def verdict(name: str, default: Difference, matched: Difference) -> str:
 
 
 def _outcome(difference: Difference, reference: str) -> str:
-    value, low, high = (
-        f"{x:+.3g}"
-        for x in (difference.estimate.value, difference.estimate.low, difference.estimate.high)
-    )
     if math.isnan(difference.estimate.low):
-        return f"has too few prompts, or no spread, for an interval against {reference} ({value})"
-    numbers = f"({value} [{low}, {high}], p (Holm) {difference.p_holm:.2g})"
+        return (
+            f"has too few prompts, or no spread, for an interval against {reference} "
+            f"({difference.text})"
+        )
     if difference.is_win:
-        return f"beats {reference} {numbers}"
+        return f"beats {reference} ({difference.text})"
     if difference.is_loss:
-        return f"loses to {reference} {numbers}"
-    return f"cannot be told from {reference} {numbers}"
+        return f"loses to {reference} ({difference.text})"
+    return f"cannot be told from {reference} ({difference.text})"

@@ -6,21 +6,30 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from core2_sampler.benchmarks.cache import digest
-from core2_sampler.benchmarks.scorers import SCORERS, T2ICOMPBENCH
-from core2_sampler.benchmarks.suites import SuitePrompt
+from core2_sampler.benchmarks.geneval.prompts import GenEvalPrompt, prompt_from_record
+from core2_sampler.benchmarks.scorers import SCORERS, T2ICOMPBENCH, t2icompbench_scorer
+from core2_sampler.benchmarks.scorers.base import loading
+from core2_sampler.benchmarks.suites import SUITES, SuitePrompt
 from core2_sampler.registry import unknown_name
 
+if TYPE_CHECKING:
+    from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
+
 GENEVAL = "geneval"
+OFFICIAL = f"{GENEVAL}-official"
+"""Verdicts that GenEval's own evaluator gave, imported."""
+
 PLUGIN = "plugin"
+T2I = "t2icompbench"
 TINY = "tiny"
 """Source of a random model, for machines without weights; its scores mean nothing."""
 
-SHARES = ("shapes", GENEVAL)
+SHARES = ("shapes", GENEVAL, OFFICIAL)
 """Judges that say right or wrong: 1 or 0."""
 
 Score = Callable[[Sequence[Image.Image], Sequence[SuitePrompt]], list[tuple[float, str]]]
@@ -82,9 +91,38 @@ def is_meaningless(name: str) -> bool:
 def judges_task(name: str, suite: str, task: str) -> bool:
     """Tell whether a judge is the one for a task; T2I-CompBench has one for each category."""
     plain = name.removesuffix(f"-{TINY}")
-    if suite != "t2icompbench" or plain not in T2ICOMPBENCH.values():
+    if suite != T2I or plain not in T2ICOMPBENCH.values():
         return True
     return T2ICOMPBENCH.get(task) == plain
+
+
+def suite_judges(suite: str, tasks: Sequence[str]) -> list[str]:
+    """Return the judges that a suite declares for some of its tasks; none if none is supported."""
+    if suite != T2I:
+        return [SUITES.get(suite).primary]
+    return list(dict.fromkeys(T2ICOMPBENCH[task] for task in tasks if task in T2ICOMPBENCH))
+
+
+def check_judged(suite: str, tasks: Sequence[str]) -> None:
+    """Raise ValueError if no judge that a suite declares is supported for any of its tasks."""
+    if not suite_judges(suite, tasks):
+        t2icompbench_scorer(tasks[0])
+
+
+def without_judge(suite: str, tasks: Sequence[str]) -> str:
+    """Say which prompts no supported judge of their suite is for, empty if there are none.
+
+    Args:
+        suite: name of the suite.
+        tasks: task of each prompt.
+    """
+    lacking = [task for task in tasks if suite == T2I and task not in T2ICOMPBENCH]
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking)} of {len(tasks)} prompts get no score of their own: T2I-CompBench judges "
+        f"{', '.join(dict.fromkeys(lacking))} with the UniDet detector, which is not supported"
+    )
 
 
 def load_judge(
@@ -125,23 +163,44 @@ def load_judge(
 
 def _load_geneval(name: str, source: str | None, device: str) -> Judge:
     """Load GenEval's judge; ``source`` is another detector's folder or hub id."""
-    from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
-    from core2_sampler.benchmarks.geneval.prompts import prompt_from_record
-
-    if source == TINY:
-        from core2_sampler.benchmarks.geneval.tiny import tiny_judge
-
-        judge = tiny_judge()
-    else:
-        from core2_sampler.benchmarks.geneval.color import load_colors
-        from core2_sampler.benchmarks.geneval.detect import DETECTOR, load_detector
-
-        detector = load_detector(source or DETECTOR, device=device)
-        judge = GenEvalJudge(detector, load_colors(device=device))
+    judge = load_geneval(source, device)
 
     def score(images: Sequence[Image.Image], asked: Sequence[SuitePrompt]) -> Any:
-        wanted = [prompt_from_record(dict(p.meta), p.id.rsplit("/")[-1], p.id) for p in asked]
+        wanted = [geneval_prompt(prompt) for prompt in asked]
         verdicts = [judge(image, prompt) for image, prompt in zip(images, wanted, strict=True)]
         return [(float(verdict.correct), verdict.reason) for verdict in verdicts]
 
     return Judge(name, judge.name, score, by_meta=True)
+
+
+def load_geneval(source: str | None, device: str) -> GenEvalJudge:
+    """Return GenEval's judge.
+
+    Args:
+        source: another detector's folder or hub id, or ``tiny``.
+        device: of its models.
+
+    Raises:
+        ValueError: if the detector does not know COCO's classes, or cannot be reached.
+        ModuleNotFoundError: if a package of the extra ``bench`` is missing.
+    """
+    if source == TINY:
+        from core2_sampler.benchmarks.geneval.tiny import tiny_judge
+
+        return tiny_judge()
+    from core2_sampler.benchmarks.geneval.color import load_colors
+    from core2_sampler.benchmarks.geneval.detect import DETECTOR, load_detector
+    from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
+
+    with loading(source or DETECTOR):
+        detector = load_detector(source or DETECTOR, device=device)
+    return GenEvalJudge(detector, load_colors(device=device))
+
+
+def geneval_prompt(prompt: SuitePrompt) -> GenEvalPrompt:
+    """Return what a prompt of the suite ``geneval`` demands.
+
+    Raises:
+        ValueError: if its record is none of GenEval's.
+    """
+    return prompt_from_record(dict(prompt.meta), prompt.id.rsplit("/", 1)[-1], prompt.id)

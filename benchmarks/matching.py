@@ -16,8 +16,16 @@ from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.effective_scale import EffectiveScale
 from core2_sampler.benchmarks.ga_eval import matched_arms, measure_effective_scale
-from core2_sampler.benchmarks.runner import autocast, call_of, resolve_head, using_head
+from core2_sampler.benchmarks.runner import (
+    autocast,
+    beside_plan,
+    call_of,
+    resolve_head,
+    using_head,
+)
+from core2_sampler.benchmarks.shard import locked
 from core2_sampler.benchmarks.study import Case, Study
+from core2_sampler.plan import Core2Config
 from core2_sampler.trajectory import write_atomic
 
 
@@ -42,12 +50,20 @@ class Matched:
         return matched_arms(method, self.effective_scale, self.nfe)[1]
 
 
+def is_plain(arm: Arm) -> bool:
+    """Tell whether an arm is cond, or CFG at one scale in every step: nothing to be matched."""
+    steps = set(arm.plan(in_model=False).steps)
+    (step, *others) = steps
+    plain = not others and step.kind in ("cond", "cfg") and step.inversion is None
+    return plain and beside_plan(arm.config()) == beside_plan(Core2Config())
+
+
 def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) -> Matched:
     """Measure a method on evenly spaced cases, or read what was measured before.
 
     Args:
         study: what the arms share.
-        method: an arm of mode ``core``.
+        method: an arm that ``is_plain`` does not hold for.
         images: folder of its images, whose name stands for all that decides them.
         count: how many cases, of all that there are at most.
         writer: number of the process.
@@ -61,7 +77,7 @@ def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) 
     name = digest(images.name, [case.key for case in cases])
     path = images.parent.parent / "effective_scales" / f"{name}.json"
     if path.exists():
-        return Matched(**json.loads(path.read_text(encoding="utf-8")))
+        return _read(path)
     with using_head(study.pipe, resolve_head(study, method.head)):
         batches = [
             _measure(study, method, cases[start : start + study.batch_size])
@@ -69,8 +85,14 @@ def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) 
         ]
     found = EffectiveScale.of_batches(batches)
     matched = Matched(found.mean, found.orthogonal_share, len(cases), found.nfe)
-    write_atomic(path, json.dumps(asdict(matched)).encode(), writer)
-    return matched
+    with locked(path):  # the first process's numbers are everyone's: the matched arm is one
+        if not path.exists():
+            write_atomic(path, json.dumps(asdict(matched)).encode(), writer)
+    return _read(path)
+
+
+def _read(path: Path) -> Matched:
+    return Matched(**json.loads(path.read_text(encoding="utf-8")))
 
 
 @torch.no_grad()

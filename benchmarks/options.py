@@ -33,7 +33,7 @@ class StudyConfig:
         max=512,
     )
     cache: Path = option(
-        Path("out/bench"), help="Folder of finished batches; nothing in it is generated again."
+        Path("out/bench"), help="Folder of what is generated; nothing in it is made twice."
     )
 
 
@@ -93,7 +93,9 @@ class GenerateConfig:
     """Options of ``core2 bench generate``; a preset stands in for what is left out."""
 
     suite: str | None = option(
-        None, help="A prompt suite: shapes, geneval, drawbench ...; by default shapes."
+        None,
+        help="A prompt suite: shapes, drawbench, geneval, hpdv2, pickapic or t2icompbench; by "
+        "default the preset's, else shapes.",
     )
     source: Path | None = option(
         None, help="File or folder with the suite's prompts; by default they are fetched."
@@ -123,7 +125,9 @@ class GenerateConfig:
         None, help="Seeds of each prompt; by default 0,1.", min=0
     )
     batch_size: int = option(16, help="Images generated at once.", min=1)
-    dtype: Literal["fp32", "bf16"] = option("fp32", help="Precision; bf16 is autocast.")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
+        "auto", help="Precision of the model's weights; auto is bf16 on CUDA and fp32 elsewhere."
+    )
     device: str = option("auto", help="A torch device such as cuda:0; auto takes the best one.")
     threads: int | None = option(None, help="CPU threads; by default torch's choice.", min=1)
     max_sequence_length: int | None = option(
@@ -134,8 +138,8 @@ class GenerateConfig:
     )
     ga_eval: int = option(
         16,
-        help="Images that each head's effective guidance scale is measured on, so that it is also "
-        "compared with CFG at that scale and NFE; 0 leaves this out.",
+        help="Images on which each method's effective guidance scale is measured, so that it is "
+        "also compared with CFG at that scale and NFE; 0 leaves this out.",
         min=0,
     )
     shard: str = option("0/1", help="Share i/n of the images, i from 0 to n - 1.")
@@ -149,7 +153,7 @@ class Judging:
     scorers: tuple[str, ...] | None = option(
         None,
         help="Scorers as name or name=SOURCE (folder, hub id, command); the source tiny is a "
-        "random model. By default the preset's, or the one that the suite declares.",
+        "random model. By default the preset's, or those that the suite declares.",
     )
     judge_batch_size: int = option(16, help="Images judged at once.", min=1)
     judge_device: str = option("auto", help="A torch device for the judges; auto: the best one.")
@@ -194,6 +198,43 @@ class ExportConfig:
     out: Path = OUT
 
 
+@dataclass(frozen=True, slots=True)
+class ImportConfig:
+    """Options of ``core2 bench import``."""
+
+    results: Path = option(help="The results.jsonl that GenEval's own evaluator wrote.")
+    images: Path = option(
+        help="The folder that it judged: one arm's, as `core2 bench export --layout geneval` made."
+    )
+    out: Path = OUT
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateConfig:
+    """Options of ``core2 bench calibrate-geneval``."""
+
+    labels: Path = option(help="Human labels: an annotations_*.csv of djghosh13/geneval.")
+    images: Path = option(
+        help="Folder for the labelled images, 00000/samples/00000.png and so on; what is not there "
+        "is fetched from the addresses in the labels."
+    )
+    source: Path | None = option(
+        None, help="GenEval's evaluation_metadata.jsonl; by default it is fetched."
+    )
+    detector: str | None = option(
+        None,
+        help="Folder or hub id of another Mask2Former; the word tiny is a random model. By "
+        "default the one that --scorers geneval loads.",
+    )
+    judge_device: str = option("auto", help="A torch device for the judge; auto: the best one.")
+    out: Path = OUT
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorConfig:
+    """``core2 bench doctor`` has no options."""
+
+
 def command_line(config: Any) -> str:
     """Return the command that makes the table again: the options that are not the defaults."""
     name = type(config).__name__.removesuffix("Config").lower()
@@ -219,4 +260,4 @@ def _words(config: Any) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)

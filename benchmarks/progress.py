@@ -1,4 +1,4 @@
-"""Progress bars on stderr with the time that is left."""
+"""Progress bars on stderr with the time that is left, and host libraries that keep quiet."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Bar:
     def advance(self, count: int) -> None:
         """Move on by ``count``."""
         self.progress.advance(self.task, count)
+
+    def set(self, done: int) -> None:
+        """Say how far it is."""
+        self.progress.update(self.task, completed=done)
 
     def add(self, count: int) -> None:
         """Make the way longer by ``count``."""
@@ -49,3 +53,29 @@ def progress_bars(shown: bool = True) -> Progress:
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def hide_loading() -> None:
+    """Turn off the bars that diffusers and transformers show while they load or write weights."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep both host libraries from warnings, such as the text of every prompt that is cut."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -174,19 +175,21 @@ def contact_sheet(
         raise ValueError(
             f"every line needs one caption, got {len(pairs)} lines and {len(captions)} captions"
         )
-    text_height, margin = 16, 4
-    line_height = side + text_height + margin
-    columns = max(len(images) for images in pairs)
-    width = max(columns * (side + margin), 3 * side)
-    sheet = Image.new("RGB", (width, len(pairs) * line_height), "white")
+    text_height, margin = 14, 4
+    width = max(max(map(len, pairs)) * (side + margin), 3 * side)
+    letters = width // 6  # of the default font
+    texts = [textwrap.wrap(" ".join(caption.split()), letters) or [""] for caption in captions]
+    heights = [text_height * len(text) + side + 2 * margin for text in texts]
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for line, (images, caption) in enumerate(zip(pairs, captions, strict=True)):
-        top = line * line_height
-        draw.text((2, top + 2), caption, fill="black")
+    for line, (images, text) in enumerate(zip(pairs, texts, strict=True)):
+        top = sum(heights[:line])
+        for row, words in enumerate(text):
+            draw.text((2, top + 2 + row * text_height), words, fill="black")
         for column, image in enumerate(images):
             kind = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
             scaled = image.convert("RGB").resize((side, side), kind)
-            sheet.paste(scaled, (column * (side + margin), top + text_height))
+            sheet.paste(scaled, (column * (side + margin), top + text_height * len(text) + margin))
     return sheet
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.benchmarks.compare import (
-    Comparison,
-    Metric,
-    comparison_rows,
-    comparisons,
-    measure_run,
-    value_rows,
-)
-from core2_sampler.benchmarks.ga_eval import Difference, verdict
+from core2_sampler.benchmarks.calibration import agreements
+from core2_sampler.benchmarks.compare import Comparison, comparison_rows, comparisons, value_rows
+from core2_sampler.benchmarks.judges import without_judge
+from core2_sampler.benchmarks.measured import Metric, declared, measure_run
 from core2_sampler.benchmarks.report import Row, provenance_notes, write_rows
+from core2_sampler.benchmarks.report_findings import (
+    cost_note,
+    findings,
+    floor_note,
+    small_note,
+)
 from core2_sampler.benchmarks.report_plots import (
     contact_sheets,
     quality_plot,
@@ -26,15 +26,14 @@ from core2_sampler.benchmarks.report_plots import (
 from core2_sampler.benchmarks.report_render import (
     Picture,
     Section,
-    Table,
     html_page,
     latex,
     markdown,
     markdown_lines,
 )
+from core2_sampler.benchmarks.report_tables import comparison_table, score_table, task_table
 from core2_sampler.benchmarks.runs import REFERENCE, Run, read_runs
 from core2_sampler.benchmarks.scores import read_scores
-from core2_sampler.benchmarks.stats import Estimate, sign_flip_floor
 from core2_sampler.benchmarks.suites import SUITES
 from core2_sampler.trajectory import write_atomic
 
@@ -43,18 +42,23 @@ MEANINGLESS = (
     "The scores of {names} come from random models: they show that the path works and mean nothing."
 )
 NOTES = (
-    "Intervals are 95 %, by BCa bootstrap over whole prompts, stratified by task where tasks weigh "
-    "the same. Shares are percent, their differences points; other scores are in their own unit.",
+    "Scores are means with 95 % intervals: BCa bootstrap over whole prompts, stratified by task "
+    "where tasks weigh the same; where all images are right, or all wrong, Wilson's over prompts. "
+    "None is given where a task has fewer than two prompts, or nothing varies.",
+    "Shares of right images are percent, their differences points; other scores are in their own "
+    "unit.",
     "Differences are paired image by image on the same initial latents. p is of a sign-flip test "
     "over prompts, two-sided; p (Holm) is corrected for all comparisons of one suite and model.",
-    "Win rates count prompts, with Wilson intervals: strict has ties as lost, half as half a win.",
-    "Detectable is the smallest true difference that the run would show 4 times in 5; "
-    "without any spread there is none.",
-    "An image that could not be generated has the lowest score of all; none is left out.",
+    "Win rates count prompts, with Wilson's intervals: strict has ties as lost, half as half a "
+    "win.",
+    "Detectable is the smallest true difference whose interval the run would place beside 0 four "
+    "times in five, before any correction for several comparisons; none where nothing varies.",
+    "An image that could not be generated has the lowest score of all, and is never left out.",
     "s/image is wall time with the VAE and without the text encoders.",
-    "w_e is the guidance scale that a method's runs really have, orthogonal the share of its "
-    "guidance that no scale can imitate; NAME-matched is CFG at that scale and the same NFE.",
-    "The first metric of each suite is the one that the suite declares to decide.",
+    "Effective scale is the guidance scale that a method's runs really have, orthogonal the share "
+    "of its guidance that no scale can imitate. NAME-matched is CFG at that scale with the "
+    "method's NFE, rounded down to whole steps (GA-Eval, arXiv 2602.22570).",
+    "A metric that decides was declared by the suite before any run.",
 )
 
 
@@ -78,22 +82,34 @@ def write_report(out: Path, sheet: int) -> str:
         raise ValueError(f"a run must have all its images and scores, got none such: {lacks}")
     compared: list[Comparison] = []
     rows: dict[int, list[list[Row]]] = {}
-    sections = [Section("How to read it", notes=NOTES)]
+    sections: list[Section] = []
     for run, own, missing in measured:
         against = comparisons(own)
         compared += against
         rows |= {id(metric): value_rows(metric) for metric in own}
         pictures = _pictures(out, own, against, rows, sheet)
-        sections.append(_section(run, own, against, rows, pictures, missing))
+        sections.append(_section(out, run, own, against, rows, pictures, missing))
     metrics = [metric for _, own, _ in measured for metric in own]
     metrics.sort(key=lambda metric: not metric.is_primary)
+    sections.append(Section("How to read it", notes=NOTES))
     base = out / "report" / "report"
     write_rows(base.with_suffix(".json"), _flat(metrics, compared, rows))
     texts = {".md": markdown(TITLE, sections), ".tex": latex(sections)}
     texts[".html"] = html_page(TITLE, sections)
     for suffix, text in texts.items():
         write_atomic(base.with_suffix(suffix), text.encode())
-    return _summary(sections, [base.with_suffix(suffix) for suffix in (*texts, ".json")])
+    _write_pictures(base.parent, sections)
+    return _summary(sections[:-1], base)
+
+
+def _write_pictures(folder: Path, sections: Sequence[Section]) -> None:
+    """Write what the Markdown shows, and remove what an earlier report has shown."""
+    pictures = {folder / each.file: each.data for section in sections for each in section.pictures}
+    for path in (folder / "pictures").glob("*"):
+        if path not in pictures:
+            path.unlink()
+    for path, data in pictures.items():
+        write_atomic(path, data)
 
 
 def _flat(
@@ -105,23 +121,32 @@ def _flat(
     found = []
     for metric in metrics:
         groups = list(zip(metric.arms, rows[id(metric)], strict=True))
-        own = [each for each in compared if each.metric is metric]
-        groups += [(each.arm, comparison_rows(each)) for each in own]
-        about = {"suite": metric.run.suite, "scorer": metric.key}
-        found += [(row, {**arm.entry.provenance, **about}) for arm, own in groups for row in own]
+        against = [each for each in compared if each.metric is metric]
+        groups += [(each.arm, comparison_rows(each)) for each in against]
+        for arm, own in groups:
+            entry = arm.entry
+            about = {"suite": metric.run.suite, "scorer": metric.key, "N": entry.of_steps}
+            if entry.effective_scale is not None:
+                about["effective_scale"] = entry.effective_scale
+                about["orthogonal_share"] = entry.orthogonal_share
+            found += [(row, {**entry.provenance, **about}) for row in own]
     return found
 
 
-def _summary(sections: Sequence[Section], files: Sequence[Path]) -> str:
+def _summary(sections: Sequence[Section], base: Path) -> str:
+    """Return what is printed: no prompt, no origin, nothing that only the files need."""
     parts = []
-    for section in sections[1:]:
-        parts += [section.title, *section.warnings]
+    for section in sections:
+        parts += [section.title, *(f"warning: {text}" for text in section.warnings)]
+        parts += section.findings
         for table in section.tables:
             parts += [table.caption, markdown_lines(table)]
-    return "\n\n".join([*parts, f"Wrote {', '.join(map(str, files))}"])
+    others = ", ".join(base.with_suffix(suffix).name for suffix in (".md", ".tex", ".json"))
+    return "\n\n".join([*parts, f"Wrote {base.with_suffix('.html')}; beside it {others}"])
 
 
 def _section(
+    out: Path,
     run: Run,
     metrics: Sequence[Metric],
     compared: Sequence[Comparison],
@@ -129,77 +154,66 @@ def _section(
     pictures: Sequence[Picture],
     missing: Sequence[str],
 ) -> Section:
-    """Return a run's part: what it is, how its arms score, and how they compare."""
+    """Return a run's part: how its arms score and compare, and what it is."""
     suite = SUITES.get(run.suite)
-    title = f"{run.suite} with {run.settings['model']}"
+    images = f"{len(run.prompts)} prompts x {len(run.seeds)} seed{'s' * (len(run.seeds) > 1)}"
+    title = f"{run.suite} with {run.settings['model']}: {images}"
     if not metrics:
-        return Section(title, missing, _origins(run))
-    failed = {arm.entry.label: arm.failed for arm in metrics[0].arms if arm.failed}
-    random = [metric.name for metric in metrics if metric.is_meaningless]
-    warnings = [*missing, *([MEANINGLESS.format(names=", ".join(random))] if random else [])]
-    warnings += [
-        f"{count} images of {label} could not be generated." for label, count in failed.items()
-    ]
-    if not any(metric.is_primary and not metric.is_meaningless for metric in metrics):
-        warnings.append(f"The metric that decides, {suite.primary}, was not measured.")
-    if not compared:
-        warnings.append(f"Without an arm {REFERENCE} at the same N and scale nothing is compared.")
-    hollow, other = _verdicts(compared)
-    warnings += hollow
+        return Section(title, missing, notes=_origins(run))
+    hollow, other = findings(run, compared)
+    tables = [score_table(metric, rows[id(metric)]) for metric in metrics]
+    tables += [comparison_table(run, compared)] if compared else []
+    tables += [task_table(m, rows[id(m)]) for m in metrics if len(rows[id(m)][0]) > 1]
     notes = [
-        *other,
-        *_floor(run, compared),
-        *_measured_on(run),
+        *floor_note(compared),
+        *cost_note(run),
         f"{suite.about}; licence: {suite.licence}",
         f"{len(run.prompts)} of {suite.size} prompts, seeds {', '.join(map(str, run.seeds))}",
-        *(f"{metric.name} is {metric.key}" for metric in metrics),
+        *(f"key of {metric.name}: {metric.key}" for metric in metrics),
+        *(text for metric in metrics for text in agreements(out, metric.key)),
         *_origins(run),
     ]
-    tables = [_value_table(metric, rows[id(metric)]) for metric in metrics]
-    tables += [_comparison_table(compared)] if compared else []
-    return Section(title, warnings, notes, tables, pictures)
-
-
-def _verdicts(compared: Sequence[Comparison]) -> tuple[list[str], list[str]]:
-    """Return GA-Eval's sentences: on wins that are nothing but stronger guidance, and others."""
-    differences: dict[tuple[str, str], dict[bool, Difference]] = {}
-    for each in compared:
-        if each.p_holm is not None:
-            pair = differences.setdefault((each.metric.name, each.arm.entry.label), {})
-            is_default = each.reference.entry.arm.name == REFERENCE
-            pair[is_default] = Difference(each.difference, each.p_holm)
-    hollow: list[str] = []
-    other: list[str] = []
-    for (metric, label), pair in differences.items():
-        if len(pair) == 2:
-            default, matched = pair[True], pair[False]
-            only_default = default.is_win and not matched.is_win
-            text = f"GA-Eval on {metric}: {verdict(label, default, matched)}"
-            (hollow if only_default else other).append(text)
-    return hollow, other
-
-
-def _floor(run: Run, compared: Sequence[Comparison]) -> list[str]:
-    """Say how small a p-value of a run can be at all."""
-    count = sum(each.p_holm is not None for each in compared)
-    floor = sign_flip_floor(len(run.prompts))
-    text = (
-        f"with {len(run.prompts)} prompts no p is below {floor:.2g}, and with {count} comparisons "
-        f"the smallest p (Holm) is not below {min(1, count * floor):.2g}"
+    return Section(
+        title,
+        [*_warnings(run, metrics, compared, missing), *hollow],
+        other,
+        tables,
+        pictures,
+        notes,
     )
-    return [text] if count else []
 
 
-def _measured_on(run: Run) -> list[str]:
-    """Say on how many images the effective scales of a run were measured."""
-    labels: dict[int, list[str]] = {}
-    for entry in run.arms:
-        if entry.measured_on is not None:
-            labels.setdefault(entry.measured_on, []).append(entry.label)
-    return [
-        f"{'; '.join(names)}: w_e and orthogonal measured on {count} evenly spaced images"
-        for count, names in labels.items()
+def _warnings(
+    run: Run,
+    metrics: Sequence[Metric],
+    compared: Sequence[Comparison],
+    missing: Sequence[str],
+) -> list[str]:
+    """Return what must not be overlooked beside what the comparisons say."""
+    random = [metric.name for metric in metrics if metric.is_meaningless]
+    failed = {arm.entry.label: arm.failed for metric in metrics for arm in metric.arms}
+    deciding = [m.plain_judge for m in metrics if m.is_primary and not m.is_meaningless]
+    lacking = [name for name in declared(run) if name not in deciding]
+    warnings = [*missing, *([MEANINGLESS.format(names=", ".join(random))] if random else [])]
+    warnings += [
+        f"{count} images of {label} could not be generated."
+        for label, count in failed.items()
+        if count
     ]
+    if lacking and not (deciding and run.suite == "geneval"):
+        names = " and ".join(lacking)
+        several = len(lacking) > 1
+        warnings.append(
+            f"The metrics that decide, {names}, were not measured."
+            if several
+            else f"The metric that decides, {names}, was not measured."
+        )
+    if text := without_judge(run.suite, [prompt.task for prompt in run.prompts]):
+        warnings.append(f"{text}.")
+    warnings += small_note(metrics)
+    if not compared:
+        warnings.append(f"Without an arm {REFERENCE} at the same N and scale nothing is compared.")
+    return warnings
 
 
 def _origins(run: Run) -> list[str]:
@@ -207,53 +221,11 @@ def _origins(run: Run) -> list[str]:
     arms: dict[str, list[str]] = {}
     for entry in run.arms:
         notes = f"made by `{entry.command}`\n{provenance_notes(entry.provenance)}"
-        arms.setdefault(notes.replace("\n- ", "; "), []).append(entry.label)
-    return [f"{', '.join(labels)}: {notes}" for notes, labels in arms.items()]
-
-
-def _value_table(metric: Metric, rows: Sequence[Sequence[Row]]) -> Table:
-    tasks = [row.metric.partition("/")[2] for row in rows[0][1:]]
-    marks = ["decides"] * metric.is_primary + ["MEANINGLESS"] * metric.is_meaningless
-    caption = f"{metric.name} ({', '.join(marks)})" if marks else metric.name
-    head = ["arm", "steps", "scale", "NFE", "s/image", "images", "failed", "w_e", "orthogonal"]
-    head += ["all", *tasks]
-    lines = []
-    for arm, own in zip(metric.arms, rows, strict=True):
-        fixed = [own[0].arm, str(own[0].steps), f"{own[0].guidance_scale:g}", f"{own[0].nfe:g}"]
-        fixed += [f"{arm.seconds:.3g}", str(own[0].n_images), str(arm.failed)]
-        entry = arm.entry
-        fixed += [
-            "" if value is None else f"{value:.3g}"
-            for value in (entry.effective_scale, entry.orthogonal_share)
-        ]
-        cells = [_cell(metric, Estimate(row.value, row.low, row.high)) for row in own]
-        lines.append(fixed + cells)
-    return Table(caption, head, lines)
-
-
-def _comparison_table(compared: Sequence[Comparison]) -> Table:
-    head = ["arm", "N", "scale", "against", "metric", "difference", "p", "p (Holm)"]
-    head += ["won-tied-lost", "win rate, strict", "win rate, half", "detectable"]
-    lines = []
-    for each in compared:
-        entry, wins = each.arm.entry, each.wins
-        lines.append(
-            [
-                entry.arm.name,
-                str(entry.of_steps),
-                f"{entry.guidance_scale:g}",
-                each.reference.entry.arm.name,
-                each.metric.name,
-                _cell(each.metric, each.difference, "+"),
-                f"{each.p_value:.2g}",
-                "" if each.p_holm is None else f"{each.p_holm:.2g}",
-                f"{wins.wins}-{wins.ties}-{wins.losses}",
-                _percent(wins.strict),
-                _percent(wins.half),
-                _number(each.metric, each.detectable) if each.detectable else "",
-            ]
-        )
-    return Table("Paired comparisons", head, lines)
+        arms.setdefault(notes.replace("\n- ", "; "), []).append(run.short_name(entry))
+    return [
+        f"{'all arms' if len(arms) == 1 else ', '.join(names)}: {notes}"
+        for notes, names in arms.items()
+    ]
 
 
 def _pictures(
@@ -272,21 +244,3 @@ def _pictures(
         if each.metric is metrics[0] and sheet:
             pictures += contact_sheets(out, each, sheet)
     return pictures
-
-
-def _number(metric: Metric, value: float, sign: str = "") -> str:
-    if math.isnan(value):
-        return ""
-    return f"{100 * value:{sign}.1f}" if metric.is_share else f"{value:{sign}.4g}"
-
-
-def _cell(metric: Metric, estimate: Estimate, sign: str = "") -> str:
-    """Return '43.2 [40.1, 46.3]'; the value alone where there is no interval."""
-    value, low, high = (
-        _number(metric, x, sign) for x in (estimate.value, estimate.low, estimate.high)
-    )
-    return f"{value} [{low}, {high}]" if low else value
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -18,6 +19,9 @@ _LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -46,6 +50,12 @@ class Picture:
     kind: str
     data: bytes
 
+    @property
+    def file(self) -> str:
+        """Where it lies beside a Markdown report."""
+        ending = self.kind.removeprefix("image/").partition("+")[0]
+        return f"pictures/{hashlib.sha256(self.data).hexdigest()[:12]}.{ending}"
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -54,42 +64,62 @@ class Section:
     Attributes:
         title: its heading.
         warnings: what must not be overlooked.
-        notes: one sentence or fact each.
+        findings: what the tables show, a sentence each.
         tables: its tables.
-        pictures: shown in HTML only.
+        pictures: not in LaTeX.
+        notes: where it comes from, a fact each.
     """
 
     title: str
     warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    findings: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = field(default=())
+    pictures: Sequence[Picture] = ()
+    notes: Sequence[str] = ()
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Return a report as Markdown, without its pictures."""
+    """Return a report as Markdown; its pictures are files beside it, see `Picture.file`."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")
         parts += [f"**{warning}**" for warning in section.warnings]
-        if section.notes:
-            parts.append("\n".join(f"- {note}" for note in section.notes))
+        parts += _list(section.findings)
         for table in section.tables:
             parts += [f"### {table.caption}", markdown_lines(table)]
+        parts += [f"![{each.caption}]({each.file})\n*{each.caption}*" for each in section.pictures]
+        parts += _list(section.notes)
     return "\n\n".join(parts) + "\n"
 
 
+def _list(items: Sequence[str]) -> list[str]:
+    return ["\n".join(f"- {item}" for item in items)] if items else []
+
+
 def markdown_lines(table: Table) -> str:
-    """Return a table's lines in Markdown."""
-    rule = ["---", *["---:"] * (len(table.head) - 1)]
-    lines = [table.head, rule, *table.lines]
-    return "\n".join(f"| {' | '.join(_cells(line, _pipe))} |" for line in lines)
+    """Return a table's lines in Markdown, aligned so that they can be read as they are."""
+    lines = [_cells(line, _pipe) for line in (table.head, *table.lines)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+
+def without_empty_columns(table: Table) -> Table:
+    """Return a table without the columns in which no line has anything."""
+    kept = [k for k in range(len(table.head)) if any(line[k] for line in table.lines)]
+    lines = [[line[k] for k in kept] for line in table.lines]
+    return Table(table.caption, [table.head[k] for k in kept], lines)
 
 
 def latex(sections: Sequence[Section]) -> str:
-    """Return the tables of a report as LaTeX; they need the package booktabs."""
+    """Return the tables of a report as LaTeX; they say which packages they need."""
     tables = [(section, table) for section in sections for table in section.tables]
-    return "\n".join(_latex_table(section, table) for section, table in tables)
+    needs = "% \\usepackage{booktabs,graphicx}\n"
+    return "\n".join([needs, *(_latex_table(section, table) for section, table in tables)])
 
 
 def _latex_table(section: Section, table: Table) -> str:
@@ -101,13 +131,14 @@ def _latex_table(section: Section, table: Table) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{'. '.join([_tex(f'{section.title}: {table.caption}'), *warnings])}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],
             r"\midrule",
             *lines[1:],
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
             "",
         ]
@@ -129,15 +160,19 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 def _html_section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
     parts += [f'<p class="warning">{html.escape(text)}</p>' for text in section.warnings]
-    items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
-    parts += [f"<ul>{items}</ul>"] if items else []
+    parts += _html_list(section.findings)
     parts += [_html_table(table) for table in section.tables]
     for picture in section.pictures:
         caption = html.escape(picture.caption)
         data = base64.b64encode(picture.data).decode()
         source = f"data:{picture.kind};base64,{data}"
         parts.append(f'<h3>{caption}</h3><img alt="{caption}" src="{source}">')
-    return "\n".join(parts)
+    return "\n".join(parts + _html_list(section.notes))
+
+
+def _html_list(items: Sequence[str]) -> list[str]:
+    texts = "".join(f"<li>{html.escape(item)}</li>" for item in items)
+    return [f"<ul>{texts}</ul>"] if items else []
 
 
 def _html_table(table: Table) -> str:

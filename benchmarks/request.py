@@ -61,6 +61,8 @@ def check_request(config: GenerateConfig) -> Request:
     scale = scale or model.guidance_scale
     suite = config.suite or (preset.suite if preset else "shapes")
     seeds = config.seeds or (preset.seeds if preset else _SEEDS)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be distinct, got {','.join(map(str, seeds))}")
     heads = head_folders(config.heads, model)
     names = available_arms(SUITE_ARMS, heads) if config.arms is None else config.arms
     with user_input():

@@ -1,32 +1,31 @@
-"""Run the arms of a study with the pipeline that users run, and keep every finished batch.
+"""Sample batches of an arm with the pipeline that users run, and name all that decides its images.
 
-What was generated is kept in one folder per arm, named by a hash of all that decides its images,
-one file per batch, written whole or not at all: an interrupted run goes on where it stopped and
-nothing is generated twice.
+What is generated is kept in one folder per arm, named by a hash of all that decides its images: an
+interrupted run goes on where it stopped and nothing is generated twice.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.cache import (
-    digest,
-    hash_component,
-    read_batches,
-    write_batch,
-)
-from core2_sampler.benchmarks.study import DTYPES, ArmResult, Case, Study
+from core2_sampler.benchmarks.cache import digest, hash_component
+from core2_sampler.benchmarks.progress import only_errors
+from core2_sampler.benchmarks.study import DTYPES, Case, Study
+from core2_sampler.info import versions
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
+from core2_sampler.plan import Core2Config, make_plan
+from core2_sampler.steps import Step
 from core2_sampler.trajectory import TrajectoryStore, write_atomic
 from core2_sampler.types import InModelHead
 from core2_sampler.weak_heads import HEADS, load_head
@@ -37,51 +36,8 @@ REVISION = 1
 
 _KEPT_EMBEDS = 256  # prompts; 11 MB each for SD3 with T5
 
-OnBatch = Callable[[int], None]
-"""``on_batch(done)``: images of the arm that are there, before the first and after each batch."""
-
-
-def run_arm(study: Study, arm: Arm, *, on_batch: OnBatch | None = None) -> ArmResult:
-    """Generate what is missing of an arm, then judge all of it.
-
-    Args:
-        study: what the arms share.
-        arm: the arm.
-        on_batch: told about progress.
-
-    Raises:
-        ValueError: if the arm's head does not fit the model, its settings are impossible, or the
-            study has no judge.
-        RuntimeError: if the counted NFE is not what the plan says.
-    """
-    judge = study.judge
-    if judge is None:
-        raise ValueError("a study must have a judge to have its arms judged, got none")
-    head = resolve_head(study, arm.head)
-    folder = arm_folder(study, arm, head)
-    kept = read_batches(folder)
-    cases = study.cases
-    missing = [case for case in cases if case.key not in kept]
-    on_batch = on_batch or (lambda done: None)
-    on_batch(len(cases) - len(missing))
-    with using_head(study.pipe, head):
-        for start in range(0, len(missing), study.batch_size):
-            batch = missing[start : start + study.batch_size]
-            keys = [case.key for case in batch]
-            kept |= write_batch(folder, keys, *generate(study, arm, batch))
-            on_batch(sum(case.key in kept for case in cases))
-    found = [kept[case.key] for case in cases]
-    images = torch.stack([one.image for one in found])
-    pictures = [Image.fromarray(image.numpy()) for image in images]
-    verdicts = [judge(picture, c.prompt) for picture, c in zip(pictures, cases, strict=True)]
-    return ArmResult(
-        arm,
-        found[0].nfe,
-        images,
-        torch.stack([one.latents for one in found]),
-        [bool(verdict.correct) for verdict in verdicts],
-        [verdict.reason for verdict in verdicts],
-    )
+_VERSIONS = ("torch", "diffusers", "transformers")
+"""Packages of which another version may draw other images: none are compared across them."""
 
 
 @torch.no_grad()
@@ -136,7 +92,7 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
     if new:
         length = study.max_sequence_length
         options = {} if length is None else {"max_sequence_length": length}
-        with autocast(study):
+        with autocast(study), only_errors():
             cond, uncond = study.pipe.family.encode(study.pipe, new, [""] * len(new), **options)
         for k, text in enumerate(new):
             study._embeds[text] = {
@@ -149,6 +105,23 @@ def encode(study: Study, cases: Sequence[Case], *, with_negative: bool) -> dict[
     if with_negative:
         names += ["negative_prompt_embeds", "negative_pooled_prompt_embeds"]
     return {name: torch.stack([study._embeds[text][name] for text in texts]) for name in names}
+
+
+def cut_prompts(study: Study) -> int:
+    """Return how many prompts are longer than one of the pipeline's text encoders reads."""
+    pipe = study.pipe
+    found = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    tokenizers = []
+    for tokenizer in found:
+        if tokenizer is not None:
+            asked = None if "CLIP" in type(tokenizer).__name__ else study.max_sequence_length
+            tokenizers.append((tokenizer, min(tokenizer.model_max_length, asked or 10**9)))
+
+    def is_cut(text: str) -> bool:
+        return any(len(t(text).input_ids) > limit for t, limit in tokenizers)
+
+    with only_errors():
+        return sum(is_cut(prompt.text) for prompt in study.prompts)
 
 
 @torch.no_grad()
@@ -215,10 +188,12 @@ def using_head(pipe: Any, head: Any) -> Iterator[None]:
 
 def shared_key(study: Study) -> dict[str, Any]:
     """Return what decides the images of all arms of a study."""
+    found = versions()
     return {
         "revision": REVISION,
+        "libraries": {name: found[name] for name in _VERSIONS},
         "model": study.model_hash,
-        "dtype": study.dtype,
+        "dtype": study.precision,
         "max_sequence_length": study.max_sequence_length,
         "device": study.pipe.device.type,
     }
@@ -227,17 +202,30 @@ def shared_key(study: Study) -> dict[str, Any]:
 def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
     """Return all that decides an arm's images but prompt and seed.
 
-    The plan stands for the arm's settings, so arms that run the same steps share their images.
+    The plan stands for the settings that it is made of, so arms that run the same steps share their
+    images. Every other setting is part of the key as it is.
     """
     plan = arm.plan(head is not None and head.in_model)
-    steps = [
-        (s.kind, 1.0 if s.kind == "cond" else s.guidance_scale, s.w2s_scale) for s in plan.steps
-    ]
+    how = asdict(plan) | {"steps": [_step_key(step) for step in plan.steps]}
+    how.pop("in_model")  # the head tells
     return {
         **shared_key(study),
-        "steps": steps,
+        **how,
+        **beside_plan(arm.config()),
         "head": hash_component(head) if plan.needs_head else None,
     }
+
+
+def beside_plan(config: Core2Config) -> dict[str, Any]:
+    """Return the settings of a config that its plan does not tell."""
+    planned = {*inspect.signature(make_plan).parameters, "guidance_scales"}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in planned}
+
+
+def _step_key(step: Step) -> dict[str, Any]:
+    """Return all of a step that decides an image; the scale does nothing in a cond step."""
+    key = asdict(step)
+    return key | {"guidance_scale": 1.0} if step.kind == "cond" else key
 
 
 def arm_folder(study: Study, arm: Arm, head: Any, writer: int = 0) -> Path:
@@ -257,6 +245,6 @@ def arm_folder(study: Study, arm: Arm, head: Any, writer: int = 0) -> Path:
 
 def autocast(study: Study) -> AbstractContextManager[Any]:
     """Return the context of a study's precision."""
-    if study.dtype == "fp32":
+    if study.dtype == "fp32" or not study.autocast:
         return nullcontext()
     return torch.autocast(study.pipe.device.type, DTYPES[study.dtype])

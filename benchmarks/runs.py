@@ -12,6 +12,7 @@ from typing import Any
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageStore
+from core2_sampler.benchmarks.shard import locked
 from core2_sampler.benchmarks.study import Case
 from core2_sampler.benchmarks.suites import SuitePrompt
 from core2_sampler.trajectory import write_atomic
@@ -90,6 +91,10 @@ class Run:
         """All images of an arm, in order."""
         return [Case(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
+    def short_name(self, entry: RunArm) -> str:
+        """Return what tells an arm from the others of the run."""
+        return entry.arm.name if len({e.group for e in self.arms}) == 1 else entry.label
+
     def references(self, entry: RunArm) -> list[RunArm]:
         """Return what an arm is compared with: CFG, and CFG at its own effective scale and NFE."""
         name = entry.arm.name
@@ -113,7 +118,14 @@ def write_run(out: Path, run: Run, made: Sequence[int], writer: int = 0) -> Run:
         The run with all its arms.
     """
     path = _folder(out) / f"{run.name}.json"
-    old = _read(path).arms if path.exists() else ()
+    with locked(path):
+        merged = _merge(_read(path).arms if path.exists() else (), run, made)
+        write_atomic(path, json.dumps(asdict(merged), indent=1).encode(), writer)
+    return merged
+
+
+def _merge(old: Sequence[RunArm], run: Run, made: Sequence[int]) -> Run:
+    """Return a run with the arms that its file has already."""
     arms = {(entry.arm.name, entry.group): entry for entry in old}
     for entry in run.arms:
         before = arms.get((entry.arm.name, entry.group))
@@ -122,9 +134,7 @@ def write_run(out: Path, run: Run, made: Sequence[int], writer: int = 0) -> Run:
     for entry, count in zip(run.arms, made, strict=True):
         before = arms.get((entry.arm.name, entry.group))
         arms[entry.arm.name, entry.group] = _update(before, entry, count)
-    merged = dataclasses.replace(run, arms=tuple(arms.values()))
-    write_atomic(path, json.dumps(asdict(merged), indent=1).encode(), writer)
-    return merged
+    return dataclasses.replace(run, arms=tuple(arms.values()))
 
 
 def read_runs(out: Path) -> list[Run]:

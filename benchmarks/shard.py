@@ -1,9 +1,12 @@
-"""A process's share of the work."""
+"""A process's share of the work, and files that several processes change."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -50,3 +53,12 @@ class Shard:
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return every n-th item, from this shard's number on."""
         return items[self.index :: self.total]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that lock the same file waiting; a killed one keeps nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

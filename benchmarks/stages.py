@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +13,23 @@ import torch
 from accelerate import PartialState
 
 from core2_sampler.benchmarks.generate import Outcome, fill_arm
-from core2_sampler.benchmarks.judges import load_judge
-from core2_sampler.benchmarks.matching import match
+from core2_sampler.benchmarks.judges import (
+    check_judged,
+    load_judge,
+    suite_judges,
+    without_judge,
+)
+from core2_sampler.benchmarks.matching import is_plain, match
 from core2_sampler.benchmarks.options import GenerateConfig, Judging
 from core2_sampler.benchmarks.presets import PRESETS
-from core2_sampler.benchmarks.progress import progress_bar
+from core2_sampler.benchmarks.progress import hide_loading, progress_bar
 from core2_sampler.benchmarks.report import provenance
 from core2_sampler.benchmarks.request import Request, check_scorers
-from core2_sampler.benchmarks.runner import check_arm, shared_key
+from core2_sampler.benchmarks.runner import check_arm, cut_prompts, shared_key
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scores import open_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.shard import Shard
-from core2_sampler.benchmarks.study import Study
-from core2_sampler.benchmarks.suites import SUITES
+from core2_sampler.benchmarks.study import DTYPES, Study, pick_dtype
 from core2_sampler.config import user_input
 from core2_sampler.info import pick_device
 from core2_sampler.pipelines.auto import load_pipeline
@@ -54,13 +59,22 @@ def generate_suite(config: GenerateConfig, request: Request, command: str) -> Ru
     settings = run_settings(study, config.model)
     run = Run(request.suite, request.prompts, request.seeds, settings, tuple(entries))
     run = write_run(config.out, run, [each.made for each in done], shard.index)
-    made, failed = sum(each.made for each in done), sum(each.failed for each in done)
-    text = f"process {shard.index}/{shard.total}: {made} images generated in {config.out}"
-    print(text + (f", {failed} failed: the same command tries them again" if failed else ""))
+    print(_outcome(config, shard, done))
     state.wait_for_everyone()
     main = state.is_main_process
     state.destroy_process_group()
     return run if main else None
+
+
+def _outcome(config: GenerateConfig, shard: Shard, done: Sequence[Outcome]) -> str:
+    """Say what a process made, and why not all of it."""
+    made, failed = sum(each.made for each in done), sum(each.failed for each in done)
+    process = f"process {shard.index}/{shard.total}: " if shard.total > 1 else ""
+    text = f"{process}{made} images generated in {config.out}"
+    if not failed:
+        return text
+    first = next(each.error for each in done if each.failed)
+    return f"{text}, {failed} failed, the first with {first}; the same command tries them again"
 
 
 def _fill_arms(
@@ -71,7 +85,7 @@ def _fill_arms(
     command: str,
     shown: bool,
 ) -> tuple[list[RunArm], list[Outcome]]:
-    """Generate a shard of every arm, and of the CFG arms that GA-Eval sets beside those with heads.
+    """Generate a shard of every arm, and of the CFG arms that GA-Eval sets beside methods.
 
     Raises:
         ConfigError: if an arm's effective scale cannot be measured.
@@ -87,7 +101,7 @@ def _fill_arms(
             outcome = fill_arm(study, arm, shard, on_images=bar.advance)
             folder = str(outcome.folder.relative_to(config.out))
             entry = RunArm(arm, n, scale, folder, command, about)
-            if config.ga_eval and arm.mode == "core" and arm.guidance_scale > 1:
+            if config.ga_eval and arm.guidance_scale > 1 and not is_plain(arm):
                 with user_input():
                     found = match(study, arm, outcome.folder, config.ga_eval, shard.index)
                     queue.append((found.arm(arm), n, scale))
@@ -106,14 +120,17 @@ def _fill_arms(
 def _open_study(config: GenerateConfig, request: Request, device: str) -> Study:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    hide_loading()
+    dtype = pick_dtype(config.dtype, device)
     return Study(
-        pipe=load_pipeline(request.model.source, dtype=torch.float32).to(device),
+        pipe=load_pipeline(request.model.source, dtype=DTYPES[dtype]).to(device),
         family=request.model.family,
         prompts=request.prompts,
         seeds=request.seeds,
         folder=config.out / "images",
         batch_size=config.batch_size,
-        dtype=config.dtype,
+        dtype=dtype,
+        autocast=False,
         max_sequence_length=request.model.check_tokens(config.max_sequence_length),
     )
 
@@ -127,7 +144,10 @@ def run_settings(study: Study, name: str) -> dict[str, Any]:
 def _provenance(config: GenerateConfig, request: Request, study: Study) -> dict[str, Any]:
     """Return where the images of a request come from."""
     settings = run_settings(study, config.model) | {"device": str(study.pipe.device)}
+    settings.pop("libraries")  # among the versions
     about = provenance(**settings, seeds=list(request.seeds))
+    if cut := cut_prompts(study):
+        about |= {"cut prompts": f"{cut} of {len(study.prompts)}, longer than a text encoder reads"}
     if config.preset is not None:
         about |= {"preset": config.preset, "deviations": list(request.deviations)}
     if config.skip_nsfw:
@@ -149,12 +169,16 @@ def chosen_runs(out: Path, suites: Sequence[str] | None) -> list[Run]:
 
 
 def declared_judges(run: Run, preset: str | None) -> list[str]:
-    """Return the judges of a run's presets, or the one that its suite declares."""
+    """Return the judges of a run's presets, or those that its suite declares."""
     names = {entry.provenance.get("preset"): None for entry in run.arms}
     presets = [name for name in ([preset] if preset else names) if name is not None]
     with user_input():
         scorers = [scorer for name in presets for scorer in PRESETS.get(name).scorers]
-    return list(dict.fromkeys(scorers)) or [SUITES.get(run.suite).primary]
+    tasks = [prompt.task for prompt in run.prompts]
+    if not scorers:
+        with user_input():
+            check_judged(run.suite, tasks)
+    return list(dict.fromkeys(scorers)) or suite_judges(run.suite, tasks)
 
 
 def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | None = None) -> None:
@@ -163,7 +187,7 @@ def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | N
     Args:
         out: folder of the results.
         runs: what to score.
-        judging: the judges; without any, the preset's, or the one that each suite declares.
+        judging: the judges; without any, the preset's, or those that each suite declares.
         preset: name of the preset; by default those that each run was generated with.
 
     Raises:
@@ -174,6 +198,10 @@ def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | N
         for spec in judging.scorers or declared_judges(run, preset):
             wanted.setdefault(spec, []).append(run)
     check_scorers(list(wanted))
+    hide_loading()
+    for run in runs:
+        if warning := without_judge(run.suite, [prompt.task for prompt in run.prompts]):
+            print(f"warning: {warning}", file=sys.stderr)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     with user_input():
         device = pick_device(judging.judge_device)

@@ -22,7 +22,14 @@ from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.stats import Estimate, mean_estimate, share_estimate
 from core2_sampler.trajectory import stable_hash
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_dtype(name: str, device: str) -> str:
+    """Return the precision of weights that ``auto`` stands for: bf16 on CUDA, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
 class Prompt(Protocol):
@@ -90,9 +97,12 @@ class Study:
         folder: where what was generated is kept.
         judge: decides whether an image is right; None where images are only generated.
         batch_size: images generated at once.
-        dtype: ``fp32``, or ``bf16`` for autocast.
+        dtype: precision that it samples in, a name of `DTYPES`.
+        autocast: whether a ``dtype`` below fp32 is that of autocast over float32 weights; else it
+            is that of the pipeline's own weights.
         max_sequence_length: T5 tokens of a prompt, as in the pipelines' call; an SD3 without its
             T5 takes zeros, which still get attention. None where the family has no T5.
+        keep_latents: whether final latents are kept beside the images.
     """
 
     pipe: Any
@@ -103,7 +113,9 @@ class Study:
     judge: Judge | None = None
     batch_size: int = 96
     dtype: str = "fp32"
+    autocast: bool = True
     max_sequence_length: int | None = 256
+    keep_latents: bool = False
     _embeds: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _model_hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -124,6 +136,12 @@ class Study:
     def cases(self) -> list[Case]:
         """All images of an arm, in order."""
         return [Case(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    @property
+    def precision(self) -> str:
+        """What records call the precision."""
+        wide = self.dtype == "fp32" or not self.autocast
+        return self.dtype if wide else f"{self.dtype} autocast"
 
     @property
     def model_hash(self) -> str:

@@ -1,12 +1,16 @@
-"""``core2 bench generate | score | report | run | export``: what they check and run."""
+"""The commands of ``core2 bench`` that serve every suite: what they check and run."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from core2_sampler.benchmarks.judges import check_judged, load_geneval
 from core2_sampler.benchmarks.options import (
+    CalibrateConfig,
+    DoctorConfig,
     ExportConfig,
     GenerateConfig,
+    ImportConfig,
     ReportConfig,
     RunConfig,
     ScoreConfig,
@@ -48,7 +52,7 @@ def bench_report(config: ReportConfig) -> None:
 
 
 def bench_run(config: RunConfig) -> None:
-    """Generate, score and report."""
+    """Generate, score and report: the three commands below in one."""
     check_scorers(config.judging.scorers or ())
     own = config.generate
     if own.shard != "0/1":
@@ -57,6 +61,9 @@ def bench_run(config: RunConfig) -> None:
             "shares are there"
         )
     request = check_request(own)
+    if not (config.judging.scorers or own.preset):
+        with user_input():
+            check_judged(request.suite, [prompt.task for prompt in request.prompts])
 
     from core2_sampler.benchmarks.stages import generate_suite, score_runs
 
@@ -68,7 +75,7 @@ def bench_run(config: RunConfig) -> None:
 
 
 def bench_export(config: ExportConfig) -> None:
-    """Copy images to the file names of an official evaluator."""
+    """Copy images to the file names that an official evaluator reads."""
     from core2_sampler.benchmarks.export import export
     from core2_sampler.benchmarks.runs import read_runs
 
@@ -77,11 +84,71 @@ def bench_export(config: ExportConfig) -> None:
             print(f"{count} images in {folder}")
 
 
+def bench_import(config: ImportConfig) -> None:
+    """Take in the verdicts of GenEval's own evaluator on an exported folder."""
+    from core2_sampler.benchmarks.geneval.aggregate import summarize
+    from core2_sampler.benchmarks.official import import_results
+    from core2_sampler.benchmarks.runs import read_runs
+
+    with user_input():
+        rows, replaced = import_results(
+            config.out, read_runs(config.out), config.results, config.images
+        )
+        found = summarize(rows)
+    tasks = ", ".join(f"{task} {100 * each.score:.1f}" for task, each in found.tasks.items())
+    print(f"{found.images} verdicts imported" + (f", {replaced} replaced" if replaced else ""))
+    print(f"official overall {100 * found.overall:.1f} % (mean of the tasks: {tasks})")
+    print(f"prompts with a correct image: {100 * found.correct_prompts:.1f} % of {found.prompts}")
+
+
+def bench_calibrate(config: CalibrateConfig) -> None:
+    """Compare GenEval's judge with the human labels that GenEval published."""
+    from core2_sampler.benchmarks.calibration import (
+        agreement_table,
+        calibrate_judge,
+        labelled_samples,
+    )
+    from core2_sampler.benchmarks.geneval.calibrate import read_labels
+    from core2_sampler.benchmarks.progress import hide_loading, progress_bar
+    from core2_sampler.benchmarks.report_render import markdown_lines
+    from core2_sampler.benchmarks.suites import load
+    from core2_sampler.info import pick_device
+
+    hide_loading()
+    with user_input():
+        device = pick_device(config.judge_device)
+        labels = read_labels(config.labels)
+        samples = labelled_samples(labels, load("geneval", config.source), config.images)
+        judge = load_geneval(config.detector, device)
+        with progress_bar("images judged", len(samples)) as bar:
+            found = calibrate_judge(
+                judge, samples, labels, config.labels.stem, config.out, on_image=bar.set
+            )
+    print(judge.name, markdown_lines(agreement_table(found)), sep="\n\n")
+
+
+def bench_doctor(config: DoctorConfig) -> None:
+    """Say what of this installation would change a score; exit with 1 if anything would."""
+    from core2_sampler.benchmarks.doctor import examine
+    from core2_sampler.benchmarks.progress import hide_loading
+
+    hide_loading()
+    words = {True: "ok", False: "WRONG", None: "not checked"}
+    checks = examine()
+    for check in checks:
+        print(f"{words[check.ok]:<12} {check.name}: {check.means}")
+    if any(check.ok is False for check in checks):
+        raise SystemExit(1)
+
+
 COMMANDS: dict[str, tuple[type[Any], Any]] = {
+    "run": (RunConfig, bench_run),
     "generate": (GenerateConfig, bench_generate),
     "score": (ScoreConfig, bench_score),
     "report": (ReportConfig, bench_report),
-    "run": (RunConfig, bench_run),
     "export": (ExportConfig, bench_export),
+    "import": (ImportConfig, bench_import),
+    "calibrate-geneval": (CalibrateConfig, bench_calibrate),
+    "doctor": (DoctorConfig, bench_doctor),
 }
 """Name of each command, the dataclass of its options, and the function that takes it."""

@@ -38,12 +38,14 @@ class Labels:
         prompt_id: number of its prompt in the metadata file.
         index: number of the image among those of the prompt.
         caption: the prompt's text.
+        url: where the image is published; empty where the file does not say.
         answers: one a rater.
     """
 
     prompt_id: int
     index: int
     caption: str
+    url: str = ""
     answers: list[Answer] = field(default_factory=list)
 
 
@@ -89,7 +91,8 @@ def read_labels(path: Path) -> list[Labels]:
     images: dict[tuple[int, int], Labels] = {}
     for row in rows:
         key = int(row["Input.prompt_id"]), int(row["Input.image_id"])
-        images.setdefault(key, Labels(*key, row["Input.caption"])).answers.append(row)
+        label = Labels(*key, row["Input.caption"], row.get("Input.image_url", ""))
+        images.setdefault(key, label).answers.append(row)
     return list(images.values())
 
 
@@ -133,7 +136,7 @@ def calibrate(rows: Sequence[ResultRow], labels: Sequence[Labels]) -> dict[str, 
     """
     if not labels:
         raise ValueError("agreement needs labelled images, got none")
-    by_place = {_place(row.filename): row for row in rows}
+    by_place = {place(row.filename): row for row in rows}
     pairs: dict[str, list[tuple[bool, list[bool]]]] = {"all": []}
     for label in labels:
         row = by_place.get((label.prompt_id, label.index))
@@ -178,8 +181,15 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
     return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
-def _place(filename: str) -> tuple[int, int]:
+def place(filename: str) -> tuple[int, int]:
+    """Return the numbers of prompt and image in the path of an image in GenEval's layout.
+
+    Raises:
+        ValueError: if it is no such path.
+    """
     path = PurePosixPath(filename)
+    if len(path.parts) < 3 or not (path.parts[-3].isdecimal() and path.stem.isdecimal()):
+        raise ValueError(f"an image's path must end in 00000/samples/00000.png, got {filename!r}")
     return int(path.parts[-3]), int(path.stem)
 
 

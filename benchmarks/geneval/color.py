@@ -14,6 +14,7 @@ from torch.nn import functional
 from core2_sampler.benchmarks.cache import hash_component
 from core2_sampler.benchmarks.geneval.prompts import COLORS
 from core2_sampler.benchmarks.geneval.rules import Detection
+from core2_sampler.benchmarks.scorers.hpsv21 import open_clip
 
 CLIP = "ViT-L-14-quickgelu"
 """OpenAI's weights were trained with QuickGELU; "ViT-L-14" builds plain GELU since open_clip 2.29
@@ -138,14 +139,9 @@ def load_colors(*, pretrained: str = "openai", device: str = "cpu") -> ColorClas
     Raises:
         ModuleNotFoundError: if open_clip or torchvision is missing.
     """
-    try:
-        import open_clip
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "GenEval's colors need open_clip and torchvision: pip install 'core2-sampler[bench]'"
-        ) from error
-    model, _, transform = open_clip.create_model_and_transforms(
+    package = open_clip()
+    model, _, transform = package.create_model_and_transforms(
         CLIP, pretrained=pretrained, device=device
     )
-    clip = OpenClip(model.eval(), transform, open_clip.get_tokenizer(CLIP))
+    clip = OpenClip(model.eval(), transform, package.get_tokenizer(CLIP))
     return ColorClassifier(clip, f"{CLIP}@{hash_component(model)[:12]}")

@@ -99,25 +99,38 @@ def judge_folder(
     *,
     on_image: Callable[[int], None] | None = None,
 ) -> list[ResultRow]:
-    """Judge what is not yet judged of a folder in GenEval's layout.
+    """Judge a folder in GenEval's layout, see `judge_samples`.
+
+    Raises:
+        ValueError: as `judge_samples` and `read_folder`.
+    """
+    return judge_samples(read_folder(folder), judge, results, on_image=on_image)
+
+
+def judge_samples(
+    samples: Sequence[Sample],
+    judge: GenEvalJudge,
+    results: Path,
+    *,
+    on_image: Callable[[int], None] | None = None,
+) -> list[ResultRow]:
+    """Judge what is not yet judged of some images.
 
     Every verdict is in the results file before the next image is looked at; a run that was killed
     goes on where it stopped. One process at a time may write a file.
 
     Args:
-        folder: the images, see ``layout``.
+        samples: the images.
         judge: the judge.
         results: the results file, made if need be.
         on_image: told how many images are judged, before the first and after each.
 
     Returns:
-        A row for each image of the folder, in its order.
+        A row for each image, in order.
 
     Raises:
-        ValueError: if the file holds verdicts of another judge or on other images, or see
-            ``read_folder``.
+        ValueError: if the file holds verdicts of another judge or on other images.
     """
-    samples = read_folder(folder)
     results.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(results)
     done = {row.filename: row for row in read_results(results)} if results.exists() else {}

@@ -34,6 +34,11 @@ class Sample:
         return "/".join(self.path.parts[-3:])
 
 
+def place_of(prompt_id: str, index: int) -> str:
+    """Return the path of an image below the folder."""
+    return f"{prompt_id}/samples/{index:05d}.png"
+
+
 def write_folder(
     folder: Path, images: Iterable[tuple[GenEvalPrompt, Sequence[Image.Image]]]
 ) -> None:
@@ -55,7 +60,7 @@ def write_folder(
         for index, image in enumerate(samples):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
-            write_atomic(place / "samples" / f"{index:05d}.png", buffer.getvalue())
+            write_atomic(folder / place_of(prompt.id, index), buffer.getvalue())
 
 
 def read_folder(folder: Path) -> list[Sample]:

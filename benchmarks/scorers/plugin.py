@@ -34,7 +34,7 @@ _SHOWN = 2000  # characters of stderr
 _ENDED = ""
 
 
-class PluginError(RuntimeError):
+class PluginError(ValueError):
     """The judge's program failed; the text has the end of its stderr."""
 
 

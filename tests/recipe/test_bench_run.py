@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from core2_sampler.benchmarks import doctor
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.lines import read_lines
 from core2_sampler.benchmarks.options import GenerateConfig, Judging, RunConfig, command_line
@@ -81,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(model, tmp_path, c
     there = sum(len(ImageStore(folder).records()) for folder in folders)
     assert 1 <= there < 36  # twelve images of three arms
     bench("run", *options(model, killed))
-    assert f"process 0/1: {36 - there} images generated" in capsys.readouterr().out
+    assert f"{36 - there} images generated" in capsys.readouterr().out
     bench("run", *options(model, whole))
     capsys.readouterr()
     assert images(killed) == images(whole)
@@ -92,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(model, tmp_path, c
     bench("generate", *options(model, killed))
     bench("score", "--out", killed)
     out = capsys.readouterr().out
-    assert "process 0/1: 0 images generated" in out and "shapes: 0 images scored" in out
+    assert "0 images generated" in out and "shapes: 0 images scored" in out
     numbers = [
         [[row[k] for k in ("arm", "metric", "nfe", "value", "low")] for row in rows]
         for rows in (json.loads((o / "report/report.json").read_text()) for o in (killed, whole))
@@ -112,22 +115,90 @@ def test_shares_of_several_processes_are_one_run(model, tmp_path, capsys):
     bench("score", "--out", tmp_path, "--scorers", "shapes,clipscore=tiny")
     bench("report", "--out", tmp_path)
     page = (tmp_path / "report/report.md").read_text()
-    assert "shapes (decides)" in page and "clipscore-tiny (MEANINGLESS)" in page
+    assert "shapes % (decides)" in page and "clipscore-tiny (MEANINGLESS)" in page
     assert "Apache-2.0" in page and "random models" in page
     bench("run", *options(model, tmp_path), "--shard", "0/2", code=2)
     assert "shard is for `core2 bench generate`" in capsys.readouterr().err
 
 
-def test_geneval_runs_on_a_prompt_file_and_exports(model, tmp_path):
+def test_geneval_runs_on_a_prompt_file_is_exported_and_comes_back(model, tmp_path, capsys):
     source = tmp_path / "metadata.jsonl"
     source.write_text(GENEVAL)
     given = [*options(model, tmp_path / "out"), "--suite", "geneval", "--source", source]
     given[given.index("--limit") + 1] = "4"
     bench("run", *given, "--seeds", "5", "--ga-eval", "0", "--scorers", "geneval=tiny")
     page = (tmp_path / "out/report/report.md").read_text()
-    assert "geneval-tiny (decides, MEANINGLESS)" in page and "GenEval (HF port)" in page
+    assert "geneval-tiny % (decides, MEANINGLESS)" in page and "GenEval (HF port)" in page
     bench("export", "--out", tmp_path / "out", "--layout", "geneval", "--to", tmp_path / "to")
-    assert len(list(tmp_path.glob("to/*/cfg-2-3/0000?/samples/00000.png"))) == 4
+    ((images),) = tmp_path.glob("to/*/cfg-2-3-*")
+    assert len(list(images.glob("0000?/samples/00000.png"))) == 4
+    rows = []
+    for path in sorted(images.glob("0*/samples/*.png")):
+        record = json.loads((path.parents[1] / "metadata.jsonl").read_text())
+        row = {"filename": str(path), "reason": "", "correct": True, "details": "{}"}
+        row |= {"tag": record["tag"], "prompt": record["prompt"], "metadata": json.dumps(record)}
+        rows.append(json.dumps(row))
+    (tmp_path / "results.jsonl").write_text("\n".join(rows))
+    given = ["--results", tmp_path / "results.jsonl", "--images", images]
+    bench("import", *given, "--out", tmp_path / "out")
+    assert "official overall 100.0 % (mean of the tasks: counting" in capsys.readouterr().out
+    bench("report", "--out", tmp_path / "out")
+    assert "export and judge the other arms too" in capsys.readouterr().out
+
+
+def test_labels_calibrate_a_tiny_judge(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text(GENEVAL)
+    columns = ["prompt_id", "image_id", "caption", "object_0_name", "object_1_name"]
+    head = [f"Input.{name}" for name in columns]
+    head += [f"Answer.task-{name}" for name in ["count-0", "count-1", "color-0", "color-1"]]
+    head += ["Answer.task-position-x", "Answer.task-position-y"]
+    values = ["1", "0", "a cow", "cow", "", "1", "", "", "", "", ""]
+    (tmp_path / "annotations_a.csv").write_text(f"{','.join(head)}\n{','.join(values)}\n")
+    image = tmp_path / "images/00001/samples/00000.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(image)
+    given = {"--labels": "annotations_a.csv", "--images": "images", "--source": "prompts.jsonl"}
+    words = [str(word) for flag, name in given.items() for word in (flag, tmp_path / name)]
+    for _ in range(2):  # the second time from the verdicts that were kept
+        bench("calibrate-geneval", *words, "--detector", "tiny", "--out", tmp_path / "out")
+        out = capsys.readouterr().out
+        assert "GenEval (HF port): detector random@" in out
+        assert re.search(r"\| all +\| +1 \| +(0|100).0 \|", out)
+    image.unlink()
+    bench("calibrate-geneval", *words, "--detector", "tiny", "--out", tmp_path / "out", code=2)
+    assert "every labelled image must be there" in capsys.readouterr().err
+
+
+def test_doctor_lists_what_it_found(capsys, monkeypatch):
+    bench("doctor")
+    out = capsys.readouterr().out
+    assert re.search("^ok +CLIP preprocessing: ", out, re.MULTILINE)
+    assert re.search("^not checked +activation of openai/clip", out, re.MULTILINE)
+    monkeypatch.setattr(doctor, "_PIXELS", -1)  # nothing is as exact as that
+    bench("doctor", code=1)
+    assert re.search("^WRONG +CLIP preprocessing: ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_list_that_no_judge_is_for_ends_before_anything_is_generated(model, tmp_path, capsys):
+    (tmp_path / "spatial_val.txt").write_text("a cat on a mat\n")
+    given = ["--suite", "t2icompbench", "--source", tmp_path / "spatial_val.txt"]
+    words = options(model, tmp_path / "out")
+    words[words.index("--limit") + 1] = "1"
+    bench("run", *words, *given, code=2)
+    assert "'spatial' of T2I-CompBench is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plugin_that_fails_is_one_line(model, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("raise SystemExit('no weights')")
+    words = options(model, tmp_path / "out")
+    words[words.index("--limit") + 1] = "1"
+    bench("generate", *words, "--ga-eval", "0", "--arms", "cfg", "--seeds", "0")
+    capsys.readouterr()
+    plugin = f"plugin={sys.executable} {tmp_path / 'judge.py'}"
+    bench("score", "--out", tmp_path / "out", "--scorers", plugin, code=2)
+    error = capsys.readouterr().err
+    assert "no weights" in error and error.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize(
@@ -137,6 +208,7 @@ def test_geneval_runs_on_a_prompt_file_and_exports(model, tmp_path):
         ("generate --preset xielab", "did you mean 'xielab-pick101'"),
         ("generate --shard 2/2", "a shard must be i/n"),
         ("generate --limit 1000000", "n must be"),
+        ("generate --seeds 3,0,3", "seeds must be distinct"),
         ("generate --arms fst", "did you mean 'fast'"),
         ("generate --arms tap-fast,adapter-fast", "adapter=FOLDER"),
         ("run --scorers pikscore", "did you mean 'pickscore'"),
@@ -156,7 +228,8 @@ def test_bad_input_is_one_line(model, tmp_path, capsys, given, message):
 
 
 def test_the_command_of_a_run_names_its_options():
-    config = RunConfig(GenerateConfig(limit=4, seeds=(0,), skip_nsfw=True), Judging(("aes=tiny",)))
-    assert command_line(config) == (
-        "core2 bench run --limit 4 --skip-nsfw --seeds 0 --scorers aes=tiny"
+    own = GenerateConfig(limit=4, seeds=(0,), skip_nsfw=True, guidance_scale=3.1415927)
+    assert command_line(RunConfig(own, Judging(("aes=tiny",)))) == (
+        "core2 bench run --limit 4 --skip-nsfw --guidance-scale 3.1415927 --seeds 0 "
+        "--scorers aes=tiny"
     )

@@ -16,9 +16,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from core2_sampler.benchmarks import cli, runner
+from core2_sampler.benchmarks import cli, generate, runner
 from core2_sampler.benchmarks.arms import FIRST_TABLE, Arm, build_arms
-from core2_sampler.benchmarks.cache import read_batches
+from core2_sampler.benchmarks.cache import read_latents
+from core2_sampler.benchmarks.generate import judge_arm
+from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.options import (
     KneeConfig,
     ShapesConfig,
@@ -26,7 +28,7 @@ from core2_sampler.benchmarks.options import (
     SweepConfig,
     command_line,
 )
-from core2_sampler.benchmarks.runner import arm_folder, run_arm
+from core2_sampler.benchmarks.runner import arm_folder
 from core2_sampler.benchmarks.study import Study, latent_distance, result_rows, worst_and_best
 from core2_sampler.collect import CollectConfig, Job, collect
 from core2_sampler.config import ConfigError, load_config
@@ -42,7 +44,13 @@ CFG = Arm("cfg", "cfg", 4, 3.0)
 
 def make_study(folder: Path, *, batch_size: int = 5, prompts: int = 6, **changes: object) -> Study:
     pipe = tiny_sd3_pipeline()
-    settings = {"pipe": pipe, "family": "sd3", "seeds": (0, 1), "judge": judge} | changes
+    settings = {
+        "pipe": pipe,
+        "family": "sd3",
+        "seeds": (0, 1),
+        "judge": judge,
+        "keep_latents": True,
+    } | changes
     chosen = tuple(held_out_prompts(prompts))
     return Study(prompts=chosen, folder=folder, batch_size=batch_size, **settings)
 
@@ -78,7 +86,7 @@ def first_latents(study: Study, arm: Arm) -> torch.Tensor:
 
     handle = study.pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        run_arm(study, arm, on_batch=lambda done: begin.append(True))
+        judge_arm(study, arm, on_images=lambda count: begin.append(True))
     finally:
         handle.remove()
     rows = []
@@ -102,7 +110,7 @@ def test_all_arms_start_from_the_same_latents_whatever_the_batch(tmp_path, heads
 def test_cfg_arm_is_the_stock_pipeline(tmp_path):
     """Truth: diffusers' own StableDiffusion3Pipeline, prompt by prompt, output_type pil."""
     study = make_study(tmp_path, prompts=3)
-    result = run_arm(study, CFG)
+    result = judge_arm(study, CFG)
     stock = StableDiffusion3Pipeline(
         **{name: part for name, part in study.pipe.components.items() if name != "weak_head"}
     )
@@ -123,9 +131,9 @@ def test_cfg_arm_is_the_stock_pipeline(tmp_path):
 def test_every_arm_costs_its_plan_and_moves_the_image(tmp_path, heads, name):
     study = make_study(tmp_path, prompts=1)
     (arm,) = build_arms([name], 4, 3.0, heads)
-    result = run_arm(study, arm)
+    result = judge_arm(study, arm)
     assert result.nfe == arm.plan(in_model=name.startswith("adapter")).nfe
-    distance = latent_distance(result, run_arm(study, CFG))
+    distance = latent_distance(result, judge_arm(study, CFG))
     assert bool((distance == 0).all()) == (name == "cfg")
     assert study.pipe.weak_head is None  # put back
 
@@ -134,8 +142,9 @@ def test_a_plan_that_lies_is_caught_and_nothing_is_kept(tmp_path, monkeypatch):
     study = make_study(tmp_path)
     monkeypatch.setattr(Arm, "plan", lambda self, in_model: make_plan("cfg", 3, 3.0))
     with pytest.raises(RuntimeError, match="must cost the 6 denoiser evaluations.* got 8"):
-        run_arm(study, CFG)
-    assert read_batches(arm_folder(study, CFG, None)) == {}
+        judge_arm(study, CFG)
+    folder = arm_folder(study, CFG, None)
+    assert read_latents(folder) == ImageStore(folder).records() == {}
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
@@ -144,22 +153,24 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from core2_sampler.benchmarks.runner import run_arm
+        from core2_sampler.benchmarks.generate import judge_arm
         from test_bench_shapes import CFG, make_study
-        def on_batch(done):
-            if done == 10:
+        settled = []
+        def on_images(count):
+            settled.append(count)
+            if sum(settled) == 10:
                 os.kill(os.getpid(), signal.SIGKILL)
-        run_arm(make_study(Path({str(tmp_path / "killed")!r})), CFG, on_batch=on_batch)
+        judge_arm(make_study(Path({str(tmp_path / "killed")!r})), CFG, on_images=on_images)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == -signal.SIGKILL
     study, whole = make_study(tmp_path / "killed"), make_study(tmp_path / "whole")
     folder = arm_folder(study, CFG, None)
-    assert len(read_batches(folder)) == 10
+    assert len(read_latents(folder)) == len(ImageStore(folder).records()) == 10
     (folder / "abc.safetensors.tmp").write_bytes(b"half")
     rows: list[int] = []
     hook = study.pipe.transformer.register_forward_hook(lambda m, a, out: rows.append(len(out[0])))
-    resumed, again, straight = run_arm(study, CFG), run_arm(study, CFG), run_arm(whole, CFG)
+    resumed, again, straight = judge_arm(study, CFG), judge_arm(study, CFG), judge_arm(whole, CFG)
     hook.remove()
     assert rows == [4] * 4  # the two images that were missing, as pairs, 4 steps, once
     assert len(list(folder.glob("*.safetensors"))) == 3
@@ -169,9 +180,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 
 
 def test_another_batch_size_or_fewer_prompts_reuse_what_is_there(tmp_path, monkeypatch):
-    full = run_arm(make_study(tmp_path, batch_size=5), CFG)
-    monkeypatch.setattr(runner, "generate", None)
-    part = run_arm(make_study(tmp_path, batch_size=7, seeds=(1,)), CFG)
+    full = judge_arm(make_study(tmp_path, batch_size=5), CFG)
+    monkeypatch.setattr(generate, "generate", None)
+    part = judge_arm(make_study(tmp_path, batch_size=7, seeds=(1,)), CFG)
     assert torch.equal(part.latents, full.latents[1::2])
 
 
@@ -205,7 +216,7 @@ def test_the_folder_is_decided_by_all_that_decides_the_images(tmp_path, heads):
 
 def test_rows_of_a_result_are_its_means_and_paired_differences(tmp_path):
     study = make_study(tmp_path, prompts=12)
-    cfg = dataclasses.replace(run_arm(study, CFG), correct=[True, True, False, False] * 6)
+    cfg = dataclasses.replace(judge_arm(study, CFG), correct=[True, True, False, False] * 6)
     arm = dataclasses.replace(cfg, correct=[True, False] * 12, latents=1.5 * cfg.latents)
     rows = {row.metric: row for row in result_rows(study, arm, cfg, command="c")}
     assert list(rows) == ["overall", *study.tasks, "overall_minus_cfg", "latent_distance_to_cfg"]
@@ -286,7 +297,7 @@ def test_bench_shapes_writes_the_table_and_runs_nothing_twice(tmp_path, heads, m
     assert first["provenance"]["dtype"] == "fp32" and first["provenance"]["seeds"] == [0, 1]
     text = config.out.read_text()
     assert "| sd3 | tap-w2s | 4 | 3 | 8 | 12 |" in text and "- tap-w2s: tap head" in text
-    monkeypatch.setattr(runner, "generate", None)
+    monkeypatch.setattr(generate, "generate", None)
     cli.bench_shapes(config)
     assert read(config.out) == rows
 
@@ -313,7 +324,7 @@ def test_bench_knee_compares_each_n_with_twice_it(tmp_path, model):
 
 def test_the_knee_is_the_smallest_n_that_loses_less_than_a_point(tmp_path):
     study = make_study(tmp_path, prompts=1)
-    row = result_rows(study, run_arm(study, CFG), command="c")[0]
+    row = result_rows(study, judge_arm(study, CFG), command="c")[0]
 
     def loses(n: int, points: float) -> object:
         value = -points / 100
@@ -386,6 +397,6 @@ def test_bad_studies_are_refused(tmp_path, changes, message):
 
 def test_bf16_runs_under_autocast(tmp_path):
     study = make_study(tmp_path, prompts=1)
-    wide, narrow = (run_arm(dataclasses.replace(study, dtype=d), CFG) for d in ("fp32", "bf16"))
+    wide, narrow = (judge_arm(dataclasses.replace(study, dtype=d), CFG) for d in ("fp32", "bf16"))
     distance = latent_distance(narrow, wide)
     assert bool((distance > 1e-5).all()) and bool((distance < 0.2).all())

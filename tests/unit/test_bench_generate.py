@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +16,21 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.cache import hash_pipeline
+from core2_sampler.benchmarks import matching, runner
+from core2_sampler.benchmarks.arms import Arm, build_arms
+from core2_sampler.benchmarks.cache import digest, hash_pipeline
+from core2_sampler.benchmarks.effective_scale import EffectiveScale
 from core2_sampler.benchmarks.generate import MAX_IN_A_ROW, fill_arm
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.lines import append_lines, digest_bytes, read_lines
-from core2_sampler.benchmarks.matching import match
+from core2_sampler.benchmarks.matching import is_plain, match
+from core2_sampler.benchmarks.runner import arm_folder, cut_prompts, encode
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.stages import run_settings
-from core2_sampler.benchmarks.study import Study
+from core2_sampler.benchmarks.study import Study, pick_dtype
 from core2_sampler.benchmarks.suites import load
+from core2_sampler.info import versions
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -94,6 +99,16 @@ def test_one_failing_image_costs_no_other_and_is_tried_again(tmp_path):
         again = fill_arm(study, COND)
     assert (again.made, again.failed, rows) == (1, 0, [1, 1])
     assert store.failures() == {} and len(store.records()) == 8
+
+
+def test_an_arm_whose_few_images_all_fail_is_an_error_and_no_empty_arm(tmp_path):
+    study = make_study(tmp_path, prompts=1)
+    with refusing(study, 0, 1), pytest.raises(RuntimeError, match="out of memory"):
+        fill_arm(study, COND)
+    with refusing(study, 0):
+        assert fill_arm(study, COND).error == "RuntimeError: out of memory"
+    with refusing(study, 0):  # one image is there
+        assert fill_arm(study, COND).failed == 1
 
 
 def test_a_run_in_which_everything_fails_ends(tmp_path):
@@ -231,6 +246,84 @@ def test_other_weights_under_one_name_are_another_run(tmp_path):
     halved = dataclasses.replace(one, pipe=other.pipe)
     assert halved.model_hash == other.model_hash != one.model_hash
     assert run_settings(one, "model")["device"] == "cpu"
+
+
+def test_whatever_decides_an_image_decides_its_folder(tmp_path, monkeypatch):
+    """Steps of the same kinds and scales, and what no step shows: zigzag steps, the libraries."""
+    study = make_study(tmp_path, prompts=1)
+    folders = [
+        arm_folder(study, arm, None)
+        for arm in build_arms(("cfg", "zigzag", "zigzag-half", "zigzag-quarter"), 5, 3.0, {})
+    ]
+    assert len(set(folders)) == 4
+    assert folders[0] == arm_folder(study, dataclasses.replace(CFG, steps=5), None)
+    before = arm_folder(study, CFG, None)
+    monkeypatch.setattr(runner, "versions", lambda: versions() | {"diffusers": "0.1"})
+    assert arm_folder(study, CFG, None) != before
+
+
+def test_weights_in_half_precision_are_another_model_and_are_not_cast(tmp_path):
+    half = make_study(tmp_path, prompts=1, dtype="bf16", autocast=False)
+    half.pipe.to(torch.bfloat16)
+    seen: list[torch.dtype] = []
+    look = half.pipe.transformer.register_forward_pre_hook(
+        lambda _m, _a, k: seen.append(k["hidden_states"].dtype), with_kwargs=True
+    )
+    store = ImageStore(fill_arm(half, CFG).folder)
+    look.remove()
+    assert set(seen) == {torch.bfloat16} and len(store.records()) == 2
+    wide = make_study(tmp_path, prompts=1)
+    cast = dataclasses.replace(wide, dtype="bf16")
+    assert [s.precision for s in (half, wide, cast)] == ["bf16", "fp32", "bf16 autocast"]
+    assert len({arm_folder(s, CFG, None) for s in (half, wide, cast)}) == 3
+    assert [pick_dtype("auto", d) for d in ("cuda:1", "cpu", "mps")] == ["bf16", "fp32", "fp32"]
+    assert pick_dtype("fp16", "cpu") == "fp16"
+
+
+def test_prompts_that_no_encoder_reads_whole_are_counted(tmp_path, caplog):
+    """Truth: a token for each letter, of which the tiny text encoders read 14."""
+    study = make_study(tmp_path)
+    texts = ("x" * 14, "x y z", "x" * 15, "a red star " * 80)
+    prompts = [dataclasses.replace(p, text=t) for p, t in zip(study.prompts, texts, strict=True)]
+    study = dataclasses.replace(study, prompts=tuple(prompts))
+    assert cut_prompts(study) == 2
+    encode(study, study.cases, with_negative=False)
+    assert "x" * 9 not in caplog.text
+
+
+def test_processes_that_write_one_run_lose_no_arm(tmp_path):
+    prompts = tuple(load("shapes", limit=1))
+    run = Run("shapes", prompts, (0,), {"family": "sd3"})
+
+    def write(k: int) -> None:
+        entry = RunArm(dataclasses.replace(CFG, name=f"cfg-{k}"), 2, 3.0, f"images/{k}")
+        write_run(tmp_path, dataclasses.replace(run, arms=(entry,)), [1], k)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(24)))
+    assert len(read_runs(tmp_path)[0].arms) == 24
+
+
+def test_a_process_that_measures_second_takes_the_numbers_of_the_first(tmp_path, monkeypatch):
+    study = make_study(tmp_path / "out" / "images", prompts=1)
+    first = {"effective_scale": 2.0, "orthogonal_share": 0.5, "measured_on": 1, "nfe": 2}
+
+    def measure(*_: object) -> EffectiveScale:
+        folder = tmp_path / "out" / "effective_scales"
+        folder.mkdir(parents=True)
+        key = digest("arm", [study.cases[0].key])
+        (folder / f"{key}.json").write_text(json.dumps(first))  # meanwhile, by another
+        return EffectiveScale(torch.full((2, 1), 3.0), torch.zeros(2, 1), 2)
+
+    monkeypatch.setattr(matching, "_measure", measure)
+    assert match(study, COND, study.folder / "arm", 1) == matching.Matched(**first)
+
+
+def test_cond_and_cfg_at_one_scale_are_plain():
+    names = ("cond", "cfg", "cfg-half", "zigzag", "last-gap")
+    arms = build_arms(names, 8, 3.0, {})
+    assert [is_plain(arm) for arm in arms] == [True, True, True, False, False]
+    assert is_plain(Arm("all-slow", "core", 4, 3.0, "tap", 4, 1.0))  # CFG in every step
 
 
 def test_the_time_of_an_image_is_without_the_text_encoders(tmp_path):

@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 
 from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.compare import comparisons, measure, measure_run
+from core2_sampler.benchmarks.calibration import agreements, calibrate_judge, labelled_samples
+from core2_sampler.benchmarks.compare import comparisons
 from core2_sampler.benchmarks.export import export
+from core2_sampler.benchmarks.geneval.calibrate import Labels
+from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.judges import (
     Judge,
@@ -27,9 +30,14 @@ from core2_sampler.benchmarks.judges import (
     judges_task,
     load_judge,
     split_spec,
+    suite_judges,
+    without_judge,
 )
 from core2_sampler.benchmarks.lines import read_lines
+from core2_sampler.benchmarks.measured import declared, measure, measure_run
+from core2_sampler.benchmarks.official import import_results
 from core2_sampler.benchmarks.presets import PRESETS
+from core2_sampler.benchmarks.report_findings import small_note
 from core2_sampler.benchmarks.report_page import write_report
 from core2_sampler.benchmarks.report_render import Section, Table, html_page, latex, markdown
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
@@ -74,6 +82,8 @@ def make_run(
     for name in colors:
         mode = "cfg" if name.startswith("cfg") else "cond"
         arm = Arm(name, mode, 4, 3.0)
+        if name.startswith("head"):
+            arm = Arm(name, "core", 4, 3.0, "tap")
         entries.append(RunArm(arm, 4, 3.0, f"images/{suite}-{name}", "core2 bench generate", DATA))
     settings = {"family": "sd3", "model": "tiny"}
     run = Run(suite, chosen, seeds, settings, tuple(entries))
@@ -96,6 +106,13 @@ def score(out: Path, name: str = "imagereward", key: str = "k") -> Brightness:
     tasks = tasks_of(out, read_runs(out), name)
     score_tasks(tasks, judge, open_scores(out, judge), batch_size=3)
     return look
+
+
+def cells(text: str, caption: str) -> list[list[str]]:
+    """Return the lines of a table of a report in Markdown, without its head."""
+    after = text[re.search(rf"^(### )?{re.escape(caption)}$", text, re.MULTILINE).end() :]
+    lines = after.strip().split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 CFG_VALUES = [10, 20, 30, 40, 50, 60, 70, 80]
@@ -187,7 +204,7 @@ def test_a_run_that_lacks_something_is_a_warning_beside_one_that_does_not(tmp_pa
     text = write_report(tmp_path, sheet=2)
     assert re.search("pickapic-sd3-.* has no scores: run `core2 bench score", text)
     assert "2 of 8 missing: run `core2 bench generate` again" in text
-    assert "| cond | 4 | 3 | cfg | imagereward | +2 [" in text
+    assert cells(text, "Paired comparisons")[0][:3] == ["cond", "cfg", "imagereward"]
 
 
 def test_a_score_that_is_not_finite_is_refused_and_not_kept(tmp_path):
@@ -234,12 +251,23 @@ def test_the_report_is_four_files_that_say_the_same(tmp_path):
     page = base.with_suffix(".md").read_text()
     assert page.index("imagereward (decides)") < page.index("clipscore-tiny (MEANINGLESS)")
     assert "not stated upstream" in page and "scores of clipscore-tiny come from random" in page
-    assert "| cond | 4 | 3 | cfg | imagereward | +2 [" in page and "+2 [" in printed
+    for text in (page, printed):
+        first, second = cells(text, "Paired comparisons")
+        assert first[:3] == ["cond", "cfg", "imagereward"] and first[3].startswith("+2 [")
+        assert second[:3] == ["cond", "cfg", "clipscore-tiny"] and second[5] == ""  # no p (Holm)
+        assert cells(text, "imagereward (decides) by task")[1][2].startswith("60 [")  # Text
+    assert "prompt 0" not in printed  # prompts may be anything: logs are public
     tex = base.with_suffix(".tex").read_text()
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 3
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 5
     html = base.with_suffix(".html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert html.count("<img") == 2 * 2 + 2  # a plot and bars for each metric; best and worst
+    shown = re.findall(r"!\[.*\]\((pictures/.*)\)", page)
+    folder = tmp_path / "report"
+    assert sorted(shown) == sorted(str(p.relative_to(folder)) for p in folder.glob("pictures/*"))
+    write_report(tmp_path, sheet=0)
+    assert len(list(folder.glob("pictures/*"))) == 4
+    assert set(folder.glob("pictures/*.svg")) < {folder / name for name in shown}  # the same files
 
 
 def test_a_report_without_the_deciding_metric_says_so(tmp_path):
@@ -262,7 +290,7 @@ def test_a_win_by_guidance_alone_is_a_warning(tmp_path):
         score(out)
         write_report(out, sheet=0)
         page = (out / "report" / "report.md").read_text()
-        hollow = r"\*\*GA-Eval on imagereward: own, .* beats default CFG \(\+5 \[.* and cannot"
+        hollow = r"\*\*GA-Eval on imagereward: own beats default CFG \(\+5 \[.* and cannot"
         assert bool(re.search(hollow, page)) == (name == "hollow")
         assert ("the gain is more than a change of guidance scale" in page) == (name == "real")
         assert "with 12 prompts no p is below 0.00049, and with 2 comparisons" in page
@@ -274,13 +302,15 @@ def test_equal_gains_on_a_few_prompts_are_no_win(tmp_path):
     score(tmp_path)
     write_report(tmp_path, sheet=0)
     page = (tmp_path / "report" / "report.md").read_text()
-    assert "| own | 4 | 3 | cfg | imagereward | +5 | 0.12 |" in page  # no interval; 2 / 2^4
-    assert "no gain over CFG is shown" in page and "beats" not in page
+    # no interval; 2 / 2^4
+    assert cells(page, "Paired comparisons")[0][:5] == ["own", "cfg", "imagereward", "+5", "0.12"]
+    assert "nothing is shown" in page and "beats" not in page
 
 
 def test_cells_are_escaped_in_every_format():
     section = Section("a_b", ["50 %"], ["<i>"], [Table("c & d", ["x|y", "z"], [["<b>", "1_0"]])])
-    assert r"| x\|y | z |" in markdown("t", [section])
+    assert r"| x\|y |   z |" in markdown("t", [section])
+    assert r"\textless{}b\textgreater{} & 1\_0" in latex([section])
     assert r"\caption{a\_b: c \& d. 50 \%}" in latex([section])
     page = html_page("t", [section])
     assert "&lt;b&gt;" in page and "<b>" not in page and "&lt;i&gt;" in page
@@ -371,6 +401,7 @@ def test_export_gives_the_official_names(tmp_path):
         "00000/metadata.jsonl",
         "00000/samples/00000.png",
         "00000/samples/00001.png",
+        "core2-images.json",
     ]
     assert names["t2icompbench"][:3] == [
         "color/samples/prompt 0_000000.png",
@@ -378,6 +409,200 @@ def test_export_gives_the_official_names(tmp_path):
         "color/samples/prompt 2_000002.png",
     ]
     assert names["hpsv2"] == [f"{s}/0000{k}.jpg" for s in ("anime", "photo") for k in (0, 1)]
+
+
+def test_of_t2icompbench_every_prompt_has_its_judge_or_a_warning(tmp_path):
+    tasks = ("color", "numeracy", "non_spatial", "spatial")
+    run = make_run(tmp_path, {"cfg": CFG_VALUES}, suite="t2icompbench", tasks=tasks)
+    assert declared(run) == declared_judges(run, None) == ["blipvqa", "t2icompbench-clip"]
+    warning = (
+        "2 of 4 prompts get no score of their own: T2I-CompBench judges numeracy, spatial with"
+    )
+    assert without_judge("t2icompbench", tasks).startswith(warning)
+    assert without_judge("drawbench", tasks) == without_judge("t2icompbench", ["color"]) == ""
+    score(tmp_path, "blipvqa")
+    text = write_report(tmp_path, sheet=0)
+    assert f"warning: {warning} the UniDet detector, which is not supported." in text
+    assert "The metric that decides, t2icompbench-clip, was not measured." in text
+    score(tmp_path, "t2icompbench-clip")
+    page = write_report(tmp_path, sheet=0)
+    assert "was not measured" not in page and warning in page
+    assert suite_judges("t2icompbench", ["spatial"]) == []
+    other = make_run(tmp_path / "b", {"cfg": CFG_VALUES}, suite="t2icompbench", tasks=("spatial",))
+    with pytest.raises(ValueError, match="category 'spatial' of T2I-CompBench is not supported"):
+        declared_judges(other, None)
+
+
+def test_a_win_that_ga_eval_has_not_looked_at_is_a_warning(tmp_path):
+    plain = [10 * (k % 8) for k in range(24)]
+    better = [v + 4 + k // 2 % 3 for k, v in enumerate(plain)]
+    make_run(tmp_path, {"cfg": plain, "head": better, "cond": better}, prompts=12)
+    score(tmp_path)
+    text = write_report(tmp_path, sheet=0)
+    assert re.search(r"warning: head beats default CFG on imagereward \(\+5 \[.*only guide", text)
+    assert "cond beats" not in text  # it has no guidance to be stronger
+
+
+def test_an_arm_without_any_image_has_no_cost_and_the_lowest_score(tmp_path, recwarn):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": [None] * 8})
+    score(tmp_path)
+    cond = measure(tmp_path, run, read_scores(tmp_path)[0]).arms[1]
+    assert math.isnan(cond.nfe) and math.isnan(cond.seconds) and set(cond.values) == {10.0}
+    assert "8 images of cond, N = 4, scale 3 could not" in write_report(tmp_path, sheet=2)
+    assert not [each for each in recwarn if each.category is RuntimeWarning]
+
+
+def test_the_least_p_is_that_of_the_prompts_that_were_judged(tmp_path):
+    """Half of the 12 prompts have another judge: with 6, no p is below 2 / 2^6."""
+    plain = [10 * (k % 8) for k in range(24)]
+    arms = {"cfg": plain, "cond": plain[::-1]}
+    make_run(tmp_path, arms, suite="t2icompbench", tasks=("color", "spatial"), prompts=12)
+    score(tmp_path, "blipvqa")
+    write_report(tmp_path, sheet=0)
+    assert "with 6 prompts no p is below 0.031" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(("prompts", "warned"), [(8, True), (20, False)])
+def test_intervals_over_few_prompts_of_a_task_are_called_too_narrow(tmp_path, prompts, warned):
+    values = [k % 7 for k in range(2 * prompts)]
+    run = make_run(tmp_path, {"cfg": values}, suite="t2icompbench", prompts=prompts, tasks=TWO)
+    score(tmp_path, "blipvqa")
+    notes = small_note([measure(tmp_path, run, read_scores(tmp_path)[0])])
+    assert bool(notes) == warned and all("only 4 prompts:" in note for note in notes)
+
+
+TWO = ("color", "shape")
+
+
+def test_names_say_n_and_scale_only_where_arms_differ_in_them(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
+    assert [run.short_name(entry) for entry in run.arms] == ["cfg", "cond"]
+    other = dataclasses.replace(run.arms[1], of_steps=8)
+    both = dataclasses.replace(run, arms=(*run.arms, other))
+    assert both.short_name(other) == "cond, N = 8, scale 3"
+
+
+def test_rows_tell_the_steps_they_are_compared_at_and_the_effective_scale(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "head": COND_VALUES})
+    head = dataclasses.replace(run.arms[1], effective_scale=2.5, orthogonal_share=0.25)
+    write_run(tmp_path, dataclasses.replace(run, arms=(head,)), [0])
+    score(tmp_path)
+    write_report(tmp_path, sheet=0)
+    rows = json.loads((tmp_path / "report/report.json").read_text())
+    about = {row["arm"]: row["provenance"] for row in rows}
+    assert about["head"]["N"] == 4 and about["head"]["effective_scale"] == 2.5
+    assert "effective_scale" not in about["cfg"]
+
+
+def official_rows(folder: Path, right: Sequence[bool]) -> str:
+    """Lines as GenEval's evaluator writes them by pandas, in no order."""
+    lines = []
+    for path, correct in zip(sorted(folder.glob("*/samples/*.png")), right, strict=True):
+        metadata = (path.parents[1] / "metadata.jsonl").read_text()
+        record = json.loads(metadata)
+        row = {"filename": str(path), "tag": record["tag"], "prompt": record["prompt"]}
+        row |= {"correct": correct, "reason": "" if correct else "few"}
+        row |= {"metadata": json.dumps(record), "details": "{}"}
+        lines.append(json.dumps(row, separators=(",", ":")).replace("/", "\\/"))
+    return "\n".join(reversed(lines)) + "\n"
+
+
+def test_official_verdicts_on_an_export_are_scores(tmp_path):
+    """Truth: the verdicts themselves, and their means by numpy."""
+    right = {"cfg": [True, False, True, True], "cond": [False, False, True, False]}
+    colors = {"cfg": [1, 2, 3, 4], "cond": [5, 6, 7, 8]}
+    make_run(tmp_path, colors, suite="geneval", prompts=2, meta=GENEVAL)
+    runs = read_runs(tmp_path)
+    exported = export(tmp_path, runs, "geneval", tmp_path / "to")
+    for (folder, _), verdicts in zip(exported, right.values(), strict=True):
+        results = tmp_path / f"{folder.name}.jsonl"
+        results.write_text(official_rows(folder, verdicts))
+        rows, replaced = import_results(tmp_path, runs, results, folder)
+        assert (len(rows), replaced) == (4, 0)
+    (scores,) = read_scores(tmp_path)
+    metric = measure(tmp_path, runs[0], scores)
+    assert metric.name == "geneval-official" and metric.is_share and metric.is_primary
+    for arm in metric.arms:
+        assert arm.values.tolist() == [float(v) for v in right[arm.entry.arm.name]]
+    (found,) = comparisons([metric])
+    assert found.difference.value == pytest.approx(np.mean([-1, 0, 0, -1]))
+    assert metric.arms[1].reasons[0] == "few"
+    text = write_report(tmp_path, sheet=0)
+    assert "geneval-official % (decides)" in text and "was not measured" not in text
+    again = tmp_path / "again.jsonl"
+    again.write_text(official_rows(exported[0][0], [True] * 4))
+    assert import_results(tmp_path, runs, again, exported[0][0])[1] == 1
+    assert measure(tmp_path, runs[0], read_scores(tmp_path)[0]).arms[0].values.sum() == 4
+
+
+def test_official_verdicts_on_anything_else_are_refused(tmp_path):
+    colors = {"cfg": [1, 2, 3, 4], "cond": [5, 6, 7, 8]}
+    make_run(tmp_path, colors, suite="geneval", prompts=2, meta=GENEVAL)
+    runs = read_runs(tmp_path)
+    (cfg, _), (cond, _) = export(tmp_path, runs, "geneval", tmp_path / "to")
+    text = official_rows(cfg, [True] * 4)
+    lines = text.splitlines(keepends=True)
+    ours = text.replace("{}", '{}","judge":"GenEval (HF port)', 1).replace('"}\n', '"}\n')
+    for wrong, folder, message in [
+        (text, cond, "must be about the images in cond-4-3-"),  # the same file names
+        ("".join(lines[1:]), cfg, "got 3 rows, 1 images without and 0 verdicts on others"),
+        (text + lines[0], cfg, "got 5 rows"),
+        (text.replace("two kites", "two cows"), cfg, "must be about the exported prompts"),
+        (ours, cfg, "must be of GenEval's own evaluator"),
+        (text, tmp_path, "must be one arm's folder with core2-images.json"),
+    ]:
+        path = tmp_path / "results.jsonl"
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            import_results(tmp_path, runs, path, folder)
+    assert not (tmp_path / "scores").exists() or not read_lines(
+        next((tmp_path / "scores").glob("*.jsonl"), Path("none"))
+    )
+
+
+def test_agreement_with_people_stands_beside_the_scores(tmp_path):
+    """A judge that calls all wrong, two images that the rater finds right, one wrong."""
+    prompts = [
+        SuitePrompt(f"geneval/{k:05d}", "two kites", "counting", GENEVAL | {"prompt": "two kites"})
+        for k in range(3)
+    ]
+    answer = {"Input.object_0_name": "kite", "Input.object_1_name": ""}
+    answer |= {f"Answer.task-{w}-{k}": "" for w in ("count", "color") for k in (0, 1)}
+    labels = []
+    for k, count in enumerate("221"):
+        image = tmp_path / f"images/{k:05d}/samples/00001.png"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(image)
+        labels.append(Labels(k, 1, "two kites", "", [answer | {"Answer.task-count-0": count}]))
+    blind = GenEvalJudge(Blind(), Blind())
+    samples = labelled_samples(labels, prompts, tmp_path / "images")
+    found = calibrate_judge(blind, samples, labels, "annotations_x", tmp_path)
+    assert (found["all"].images, found["all"].agreement) == (3, pytest.approx(1 / 3))
+    assert agreements(tmp_path, "another") == []
+    make_run(tmp_path, {"cfg": CFG_VALUES}, suite="geneval", meta=GENEVAL)
+    score(tmp_path, "geneval", blind.name)
+    write_report(tmp_path, sheet=0)
+    page = (tmp_path / "report/report.md").read_text()
+    assert "agrees with the majority of the raters of annotations_x on 33.3 % of 3 images" in page
+    (tmp_path / "images/00002/samples/00001.png").unlink()
+    with pytest.raises(ValueError, match="every labelled image must be there"):
+        labelled_samples(labels, prompts, tmp_path / "images")
+    published = tmp_path / "published.png"
+    Image.new("RGB", (9, 9)).save(published)
+    labels[2] = dataclasses.replace(labels[2], url=str(published))
+    (*_, last) = labelled_samples(labels, prompts, tmp_path / "images")
+    assert last.path.read_bytes() == published.read_bytes()
+    with pytest.raises(ValueError, match="must be 'a cow', as labelled, got 'two kites'"):
+        labelled_samples([dataclasses.replace(labels[0], caption="a cow")], prompts, tmp_path)
+
+
+class Blind:
+    """Sees nothing."""
+
+    name = "blind"
+
+    def __call__(self, image: Image.Image, *_: object) -> dict[str, list[object]]:
+        return {}
 
 
 def test_export_refuses_what_an_evaluator_would_misread(tmp_path):

@@ -109,5 +109,9 @@ def test_contact_sheet_keeps_every_image_apart():
     sheet = contact_sheet([(red, blue), (blue, red)], ["first", "second"], side=32)
     colors = [sheet.getpixel((x, y)) for y in (32, 84) for x in (16, 52)]
     assert colors == [(255, 0, 0), (0, 0, 255), (0, 0, 255), (255, 0, 0)]
+    long = contact_sheet([(red, blue)], ["a word " * 60], side=32)
+    assert long.height > contact_sheet([(red, blue)], ["a word"], side=32).height + 60
+    edge = [long.getpixel((long.width - 1, y)) for y in range(long.height)]
+    assert set(edge) == {(255, 255, 255)}  # no caption is cut
     with pytest.raises(ValueError, match="one caption"):
         contact_sheet([(red,)], [])

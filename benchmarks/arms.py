@@ -7,8 +7,9 @@ the ``Arm`` that runs. Later studies add their own specs to ``ARMS``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.plan import Core2Config, Mode, Plan
@@ -35,6 +36,7 @@ class Arm:
         w2s_scale: weak-to-strong scale of the slow steps; 1 is plain CFG.
         zig_steps: how many steps, from the first, are zigzag steps, in the modes that have them.
         inversion_scale: guidance scale that undoes a zigzag step.
+        scale_rule: text of a rule that says each step's guidance scale, in place of the one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Arm:
     w2s_scale: float = 1.0
     zig_steps: int = 0
     inversion_scale: float = 0.0
+    scale_rule: str | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise be ignored."""
@@ -70,13 +73,12 @@ class Arm:
 
     def config(self) -> Core2Config:
         """Return the value of the pipelines' ``core2=`` argument."""
+        settings: dict[str, Any] = {"mode": self.mode, "scale_rule": self.scale_rule}
         if self.mode in ZIG_MODES:
-            return Core2Config(
-                mode=self.mode, zig_steps=self.zig_steps, inversion_scale=self.inversion_scale
-            )
-        if self.mode != "core":
-            return Core2Config(mode=self.mode)
-        return Core2Config(mode="core", slow_steps=self.slow_steps, w2s_scale=self.w2s_scale)
+            settings |= {"zig_steps": self.zig_steps, "inversion_scale": self.inversion_scale}
+        if self.mode == "core":
+            settings |= {"slow_steps": self.slow_steps, "w2s_scale": self.w2s_scale}
+        return Core2Config(**settings)
 
     def plan(self, in_model: bool) -> Plan:
         """Return the plan that the pipeline will make of it, for a head of that kind."""
@@ -95,6 +97,7 @@ class ArmSpec:
         steps_share: steps over N, in (0, 1].
         zig_share: modes of zigzag steps: share of the steps but the last that are such, in 0..1.
         inversion_scale: the same modes: guidance scale that undoes a step.
+        scale_rule: makes the text of a scale rule of the study's guidance scale.
         about: one line for the table's legend.
     """
 
@@ -106,6 +109,7 @@ class ArmSpec:
     steps_share: float = 1.0
     zig_share: float = 1.0
     inversion_scale: float = 0.0
+    scale_rule: Callable[[float], str] | None = None
 
     def at(self, name: str, steps: int, guidance_scale: float, heads: Mapping[str, str]) -> Arm:
         """Return the arm at N = ``steps``.
@@ -136,6 +140,7 @@ class ArmSpec:
             self.w2s_scale,
             zigs,
             self.inversion_scale,
+            None if self.scale_rule is None else self.scale_rule(guidance_scale),
         )
 
     def _head(self, name: str, heads: Mapping[str, str]) -> str | None:
@@ -148,6 +153,16 @@ class ArmSpec:
                 f"{', '.join(heads) or 'none'}: give its folder as {self.head}=FOLDER"
             )
         return head
+
+
+def _anneal(name: str, *, up: bool) -> Callable[[float], str]:
+    """Return what makes the rule that goes from 1 to ``2s - 1``, or back: the mean is the scale."""
+
+    def rule(scale: float) -> str:
+        ends = (1.0, 2 * scale - 1) if up else (2 * scale - 1, 1.0)
+        return f"{name}:{ends[0]},{ends[1]}"
+
+    return rule
 
 
 ARMS: Registry[ArmSpec] = Registry("arm")
@@ -180,6 +195,23 @@ for _name, _spec in {
     "zfast": ArmSpec("zfast", "made by the model's own head, undone as in zcore", OWN),
     "zfast-cond": ArmSpec("zfast", "as zfast, undone by cond", OWN, inversion_scale=1.0),
     "zfast-quarter": ArmSpec("zfast", "as zfast, in the first quarter", OWN, zig_share=0.25),
+    "interval": ArmSpec(
+        "cfg",
+        "CFG in the middle three fifths of the steps, cond before and after",
+        scale_rule=lambda scale: f"interval:{scale},0.2,0.8",
+    ),
+    "linear": ArmSpec(
+        "cfg", "CFG, its scale falling in equal steps to 1", scale_rule=_anneal("linear", up=False)
+    ),
+    "linear-up": ArmSpec(
+        "cfg", "CFG, its scale rising in equal steps from 1", scale_rule=_anneal("linear", up=True)
+    ),
+    "cosine": ArmSpec(
+        "cfg", "CFG, its scale falling by a cosine to 1", scale_rule=_anneal("cosine", up=False)
+    ),
+    "cosine-up": ArmSpec(
+        "cfg", "CFG, its scale rising by a cosine from 1", scale_rule=_anneal("cosine", up=True)
+    ),
 }.items():
     ARMS.register(_name)(_spec)
 

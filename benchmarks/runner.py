@@ -218,7 +218,7 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
 
 def beside_plan(config: Core2Config) -> dict[str, Any]:
     """Return the settings of a config that its plan does not tell."""
-    planned = {*inspect.signature(make_plan).parameters, "guidance_scales"}
+    planned = {*inspect.signature(make_plan).parameters, "guidance_scales", "scale_rule"}
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in planned}
 
 

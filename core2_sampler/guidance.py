@@ -30,6 +30,9 @@ Prompts = tuple[Conditioning, Conditioning | None]
 Stamp = tuple[tuple[int, int | None], ...]
 """See `stamp`."""
 
+_ANY_SCALE = 2.0
+"""At which a gap is ``guided - cond``, where a rule picks the scale and the plan's has no part."""
+
 
 def weak(cond: Tensor, gap: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Return the head's guided derivative, ``cond + (guidance_scale - 1) * gap``.
@@ -136,7 +139,8 @@ def make_predict(
             does not read it.
         adjust: has the last word on predictions guided by a scale above 1, but for the fast steps
             of an in-model head, which know no cond.
-        rule: picks the scale of each sample where a step at a scale above 1 knows cond; begun here.
+        rule: picks the scale of each sample in the steps of ``plan.asking``, unless `scale` says
+            another there than the plan; begun here.
 
     Returns:
         The closure; its result has the dtype of the network's output.
@@ -158,13 +162,18 @@ def make_predict(
             )
     if head is not None and not head.in_model:
         cast(OutputHead, head).reset()
-    levels = [float(s) for s in sigmas.tolist()]
+    levels = noise_levels(sigmas, plan)
     prompts = conditioning or (lambda _i: (cond, uncond))
     if rule is not None:
-        rule.begin(denoiser, len(plan))
+        rule.begin(denoiser, levels)
     return _Guided(
         denoiser, levels, plan, head, scale, prompts, on_pair, capture_features, adjust, rule
     )
+
+
+def noise_levels(sigmas: Tensor, plan: Plan) -> list[float]:
+    """Return the noise levels of a run, [N + 1]; `sigmas` may lack the last, which is 0 then."""
+    return [*sigmas.tolist(), 0.0][: len(plan) + 1]
 
 
 @dataclass(slots=True, eq=False)
@@ -172,7 +181,7 @@ class _Guided:
     """`make_predict`'s closure, spelt out as an object so that each step kind is one method."""
 
     denoiser: Denoiser
-    sigmas: Sequence[float]
+    levels: Sequence[float]
     plan: Plan
     head: OutputHead | InModelHead | None
     scale: Callable[[int], float] | None
@@ -187,12 +196,15 @@ class _Guided:
         step = self.plan.steps[i]
         scale = step.guidance_scale if self.scale is None else self.scale(i)
         kind: Kind = step.kind if self.scale is None or scale > 1 else "cond"
-        sigma = torch.full((x.shape[0],), self.sigmas[i], device=x.device, dtype=wide_dtype(x))
+        sigma = torch.full((x.shape[0],), self.levels[i], device=x.device, dtype=wide_dtype(x))
         if kind in ("cond", "uncond"):
             prompt, negative = self.prompts(i)
             return self.denoiser(x, sigma, prompt if kind == "cond" else _given(negative))
+        rule = self.rule if i in self.plan.asking and scale == step.guidance_scale else None
+        if rule is not None and not self.plan.in_model:
+            scale = _ANY_SCALE
         if kind == "fast":
-            return self._fast(x, sigma, i, scale)
+            return self._fast(x, sigma, i, scale, rule)
         cond, gap, features = self._pair(x, sigma, i)
         guided = weak(wide(cond), gap, scale)
         if kind == "slow":
@@ -202,11 +214,19 @@ class _Guided:
             cast(OutputHead, self.head).observe(gap)
         if self.on_pair is not None:
             self.on_pair(i, x, cond, gap, features)
-        return self._adjusted(i, x, cond, guided, scale)
+        return self._adjusted(i, x, cond, guided, scale, rule)
 
-    def _adjusted(self, i: int, x: Tensor, cond: Tensor, guided: Tensor, scale: float) -> Tensor:
-        if self.rule is not None and scale > 1:
-            return self._ruled(self.rule, i, x, cond, (wide(guided) - wide(cond)) / (scale - 1))
+    def _adjusted(
+        self,
+        i: int,
+        x: Tensor,
+        cond: Tensor,
+        guided: Tensor,
+        scale: float,
+        rule: SampleRule | None,
+    ) -> Tensor:
+        if rule is not None:
+            return self._ruled(rule, i, x, cond, (wide(guided) - wide(cond)) / (scale - 1))
         if self.adjust is not None and scale > 1:
             guided = self.adjust(i, x, cond, guided)
         return guided.to(cond.dtype)
@@ -218,16 +238,18 @@ class _Guided:
             d = weak(wide(cond), gap, scale)
             return (d if self.adjust is None else self.adjust(i, x, cond, d)).to(cond.dtype)
 
-        levels = (self.sigmas[i], (*self.sigmas, 0.0)[i + 1])
-        return guided(rule(Pair(i, x, cond, gap, *levels, self.prompts(i)[0], guided)))
+        here, ahead = self.levels[i : i + 2]
+        return guided(rule(Pair(i, x, cond, gap, here, ahead, self.prompts(i)[0], guided)))
 
-    def _fast(self, x: Tensor, sigma: Tensor, i: int, scale: float) -> Tensor:
+    def _fast(
+        self, x: Tensor, sigma: Tensor, i: int, scale: float, rule: SampleRule | None
+    ) -> Tensor:
         head, prompt = self.head, self.prompts(i)[0]
         if head is None or head.in_model:
             return self._in_model(x, sigma, prompt, scale)
         cond, features = self._pass(x, sigma, prompt, cast(OutputHead, head).needs_features)
         guided = self._weak(x, sigma, prompt, scale, cond, features)
-        return self._adjusted(i, x, cond, guided, scale)
+        return self._adjusted(i, x, cond, guided, scale, rule)
 
     def _weak(
         self,

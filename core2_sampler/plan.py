@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from core2_sampler.registry import unknown_name
-from core2_sampler.steps import Kind, Plan, Step
+from core2_sampler.scale_rules import StaticRule, parse_rule, static_scales
+from core2_sampler.steps import Kind, Plan, Step, check_asking
+
+if TYPE_CHECKING:
+    from core2_sampler.scales import SampleRule
 
 Mode = Literal["cond", "cfg", "core", "zigzag", "zcore", "zfast"]
 
@@ -187,6 +191,14 @@ class Core2Config:
         default=None,
         metadata={"help": "one guidance scale for each step, in place of the single one"},
     )
+    scale_rule: str | StaticRule | SampleRule | None = field(
+        default=None,
+        metadata={
+            "help": "guidance scale of each step by a rule, in place of the single one: "
+            "constant:4.5, interval:6,0.2,0.8, linear:1,9, cosine:9,1, list:5,5,3,1, a callable of "
+            "the step and their number, or a rule that sees the latents of each image"
+        },
+    )
     zig_steps: int | float | tuple[int, ...] | None = field(
         default=None,
         metadata={
@@ -224,25 +236,56 @@ class Core2Config:
         for name in ("slow_steps", "zig_steps", "guidance_scales"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.scale_rule is not None:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        rule = self.scale_rule
+        if self.guidance_scales is not None:
+            raise ValueError(
+                "scale_rule and guidance_scales both say the scale of each step, got both: leave "
+                "one of them out"
+            )
+        if self.mode == "cond":
+            raise ValueError("scale_rule has no effect in mode 'cond', which has no guidance")
+        if isinstance(rule, str):
+            parse_rule(rule)
+        elif not callable(rule):
+            raise TypeError(
+                "scale_rule must be a text such as cosine:9,1, a callable of the step and the "
+                f"number of steps, or a rule that sees the latents, got {type(rule).__name__}"
+            )
+
+    @property
+    def sample_rule(self) -> SampleRule | None:
+        """The scale rule if it sees the latents, so that the plan cannot know what it picks."""
+        seen = hasattr(self.scale_rule, "begin")
+        return cast("SampleRule", self.scale_rule) if seen else None
 
     def plan(self, num_steps: int, guidance_scale: float, in_model: bool = False) -> Plan:
         """Return the plan of a run.
 
         Args:
             num_steps: number of steps N of the run.
-            guidance_scale: the scale of every step, unless `guidance_scales` says otherwise.
+            guidance_scale: the scale of every step, unless `guidance_scales` or a static rule says
+                otherwise. Where a rule picks one for each sample, any above 1 asks for guidance.
             in_model: whether the head works inside the denoiser.
 
         Returns:
             The plan, of N steps.
 
         Raises:
-            ValueError: as `make_plan`.
+            ValueError: as `make_plan`; the rule does not know N steps, or no step could ask it.
         """
-        return make_plan(
+        scales: float | tuple[float, ...] = self.guidance_scales or guidance_scale
+        if self.scale_rule is not None and self.sample_rule is None:
+            rule = self.scale_rule
+            static = parse_rule(rule) if isinstance(rule, str) else cast(StaticRule, rule)
+            scales = static_scales(static, num_steps)
+        plan = make_plan(
             self.mode,
             num_steps,
-            self.guidance_scales or guidance_scale,
+            scales,
             slow_steps=_count(self.slow_steps, num_steps),
             w2s_scale=self.w2s_scale,
             in_model=in_model,
@@ -250,6 +293,9 @@ class Core2Config:
             inversion_scale=self.inversion_scale,
             upstream=self.upstream,
         )
+        if self.sample_rule is not None:
+            check_asking(plan)
+        return plan
 
 
 def _count(steps: int | float | tuple[int, ...] | None, of: int) -> int | tuple[int, ...] | None:

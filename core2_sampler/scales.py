@@ -1,9 +1,8 @@
-"""Which guidance scale a step takes: rules known before a run, and rules that see its latents.
+"""Scale rules that see the latents: a guidance scale for each step and each sample of the batch.
 
-A static rule, ``scale = rule(i, num_steps)``, holds for all samples and is part of the plan, so a
-step at scale 1 costs one pass. A sample rule is asked wherever a step has a gap to extrapolate, and
-answers for each sample of the batch. `OnlineScale` is one: it looks one step ahead with several
-scales, which takes no further pass of the denoiser, and keeps the one whose latents score best.
+A sample rule is asked wherever a step has a gap to extrapolate. `OnlineScale` looks one step ahead
+with several scales, which takes no further pass of the denoiser, and keeps the one whose latents
+score best. Rules that are known before a run are in `core2_sampler.scale_rules`.
 
 Reference:
     Papalampidi et al., arXiv 2509.16131: dynamic classifier-free guidance by online feedback.
@@ -14,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -22,107 +22,11 @@ from torch import Tensor
 from core2_sampler.evaluators.base import Evaluator
 from core2_sampler.evaluators.mixing import adaptive_weights, normalised
 from core2_sampler.precision import wide
-from core2_sampler.registry import Registry
 from core2_sampler.samplers import sample_euler
 from core2_sampler.types import Conditioning, Denoiser
 
-StaticRule = Callable[[int, int], float]
-"""``scale = rule(i, num_steps)`` of step ``i``; 1 is cond."""
-
 CANDIDATES = (1.0, 3.0, 7.5, 11.0, 15.0)
 """The scales that the paper chooses from for its latent diffusion model."""
-
-RULES: Registry[Callable[..., StaticRule]] = Registry("scale rule")
-"""Makers of static rules by name; each takes numbers."""
-
-
-@RULES.register("constant")
-def constant(scale: float) -> StaticRule:
-    """Return the rule of one scale throughout."""
-    return lambda i, num_steps: scale
-
-
-@RULES.register("interval")
-def interval(scale: float, start: float, stop: float) -> StaticRule:
-    """Return the rule that guides in a part of the run only; the rest is cond.
-
-    Args:
-        scale: inside the interval.
-        start: share of the steps, 0 to 1, before which there is no guidance.
-        stop: share of the steps from which on there is none.
-
-    Raises:
-        ValueError: not ``0 <= start < stop <= 1``.
-
-    Reference:
-        Kynkaanniemi et al., arXiv 2404.07724, with shares of the steps for noise levels.
-    """
-    if not 0 <= start < stop <= 1:
-        raise ValueError(f"an interval must be 0 <= start < stop <= 1, got {start} and {stop}")
-    return lambda i, num_steps: scale if start * num_steps <= i < stop * num_steps else 1.0
-
-
-@RULES.register("linear")
-def linear(first: float, last: float) -> StaticRule:
-    """Return the rule that goes from the first to the last step's scale in equal steps."""
-    return lambda i, num_steps: first + (last - first) * i / max(num_steps - 1, 1)
-
-
-@RULES.register("cosine")
-def cosine(first: float, last: float) -> StaticRule:
-    """Return the rule that goes from the first to the last step's scale on half a cosine wave."""
-
-    def rule(i: int, num_steps: int) -> float:
-        return last + (first - last) * (1 + math.cos(math.pi * i / max(num_steps - 1, 1))) / 2
-
-    return rule
-
-
-@RULES.register("list")
-def listed(*scales: float) -> StaticRule:
-    """Return the rule of one scale for each step; a run of another length is refused."""
-
-    def rule(i: int, num_steps: int) -> float:
-        if len(scales) != num_steps:
-            raise ValueError(f"scales must be one a step ({num_steps}), got {len(scales)}")
-        return scales[i]
-
-    return rule
-
-
-def parse_rule(text: str) -> StaticRule:
-    """Return the static rule that a text names, such as ``constant:4.5`` or ``cosine:9,1``.
-
-    Args:
-        text: a name of `RULES`, a colon, numbers.
-
-    Raises:
-        ValueError: unknown name, or other numbers than the rule takes.
-    """
-    name, _, numbers = text.partition(":")
-    make = RULES.get(name)
-    try:
-        return make(*(float(number) for number in numbers.split(",")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"a scale rule must read NAME:NUMBER,NUMBER as in cosine:9,1, got {text!r} ({error})"
-        ) from None
-
-
-def static_scales(rule: StaticRule, num_steps: int) -> tuple[float, ...]:
-    """Return a static rule's scales, [N], as `core2_sampler.plan.make_plan` takes them.
-
-    Args:
-        rule: any callable of the step and the number of steps.
-        num_steps: N.
-
-    Raises:
-        ValueError: a scale is not finite, or the rule does not know N steps.
-    """
-    scales = tuple(float(rule(i, num_steps)) for i in range(num_steps))
-    if not all(math.isfinite(scale) for scale in scales):
-        raise ValueError(f"a scale rule must give finite scales, got {scales}")
-    return scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +58,13 @@ class Pair:
 class SampleRule(Protocol):
     """A rule that picks a scale for each sample while the run goes on."""
 
-    def begin(self, denoiser: Denoiser, num_steps: int) -> None:
-        """Forget the run before; refuse a denoiser that it cannot serve with ValueError."""
+    def begin(self, denoiser: Denoiser, levels: Sequence[float]) -> None:
+        """Forget the run before; refuse one that it cannot serve with ValueError.
+
+        Args:
+            denoiser: of the run to come.
+            levels: its noise levels, [N + 1].
+        """
         ...
 
     def __call__(self, pair: Pair) -> Tensor:
@@ -163,8 +72,8 @@ class SampleRule(Protocol):
         ...
 
     @property
-    def schedule(self) -> Tensor:
-        """The scales of the run so far, [N, B]; nan in steps that did not ask."""
+    def schedule(self) -> Tensor | None:
+        """The scales of the run so far, [N, B]; nan in steps that did not ask, None if all."""
         ...
 
 
@@ -179,9 +88,9 @@ class _Record:
         self.scales[i] = scale
         return scale
 
-    def stacked(self) -> Tensor:
+    def stacked(self) -> Tensor | None:
         if not self.scales:
-            raise ValueError("a schedule must be read after a run that asked the rule, got none")
+            return None
         unasked = torch.full_like(next(iter(self.scales.values())), torch.nan)
         return torch.stack([self.scales.get(i, unasked) for i in range(self.num_steps)])
 
@@ -197,9 +106,9 @@ class CallableScale:
     choose: Callable[[Pair], Tensor]
     _record: _Record = field(default_factory=_Record)
 
-    def begin(self, denoiser: Denoiser, num_steps: int) -> None:
+    def begin(self, denoiser: Denoiser, levels: Sequence[float]) -> None:
         """Forget the run before."""
-        self._record = _Record(num_steps)
+        self._record = _Record(len(levels) - 1)
 
     def __call__(self, pair: Pair) -> Tensor:
         """Return the scale of each sample, [B].
@@ -216,8 +125,8 @@ class CallableScale:
         return self._record.keep(pair.i, scale.to(pair.x.device))
 
     @property
-    def schedule(self) -> Tensor:
-        """The scales of the run so far, [N, B]."""
+    def schedule(self) -> Tensor | None:
+        """The scales of the run so far, [N, B]; see `SampleRule`."""
         return self._record.stacked()
 
 
@@ -254,20 +163,28 @@ class OnlineScale:
                 f"{self.weights!r}"
             )
 
-    def begin(self, denoiser: Denoiser, num_steps: int) -> None:
-        """Forget the run before; refuse a denoiser that an evaluator was not made for."""
+    def begin(self, denoiser: Denoiser, levels: Sequence[float]) -> None:
+        """Forget the run before; refuse one that cannot be looked ahead in.
+
+        Raises:
+            ValueError: an evaluator was made for another model, or a noise level is not below the
+                one before it.
+        """
         for evaluator in self.evaluators.values():
             evaluator.check_family(denoiser.family)
             evaluator.check_latents(denoiser.latent_channels)
-        self._record, self._before = _Record(num_steps), None
+        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+            if not sigma_next < sigma:
+                raise ValueError(
+                    f"an online scale must look ahead to a lower noise level, got {sigma_next:.4g} "
+                    f"after {sigma:.4g} at step {i}: take a scheduler of first order, or another "
+                    "scale rule"
+                )
+        self._record, self._before = _Record(len(levels) - 1), None
 
     @torch.no_grad()
     def __call__(self, pair: Pair) -> Tensor:
-        """Return the best candidate of each sample, [B].
-
-        Raises:
-            ValueError: the next noise level is not lower, so there is no step to look ahead.
-        """
+        """Return the best candidate of each sample, [B]."""
         scores = self.scores(pair)  # [E, K, B]
         if self.weights != "adaptive":
             fixed = scores.new_tensor([self.weights[name] for name in self.evaluators])
@@ -283,12 +200,6 @@ class OnlineScale:
 
     def scores(self, pair: Pair) -> Tensor:
         """Return what each evaluator says of each candidate of each sample, [E, K, B]."""
-        if not pair.sigma_next < pair.sigma:
-            raise ValueError(
-                "an online scale must look ahead to a lower noise level, got "
-                f"{pair.sigma_next:.4g} after {pair.sigma:.4g} at step {pair.i}: take a scheduler "
-                "of first order, or another scale rule"
-            )
         count = len(self.candidates)
         ahead = torch.cat([next_latents(pair, scale) for scale in self.candidates])  # [K * B, ...]
         prompt = Conditioning(
@@ -299,8 +210,8 @@ class OnlineScale:
         return torch.stack([wide(each).unflatten(0, (count, -1)) for each in told])
 
     @property
-    def schedule(self) -> Tensor:
-        """The scales of the run so far, [N, B]."""
+    def schedule(self) -> Tensor | None:
+        """The scales of the run so far, [N, B]; see `SampleRule`."""
         return self._record.stacked()
 
 

@@ -105,6 +105,17 @@ class Plan:
         return not self.kinds.isdisjoint(("fast", "slow"))
 
     @property
+    def asking(self) -> tuple[int, ...]:
+        """Which steps know cond and a gap, so that a scale can be picked while they run.
+
+        That is every guided step but those that an in-model head makes in one pass.
+        """
+        known = ("cfg", "slow") if self.in_model else ("cfg", "slow", "fast")
+        return tuple(
+            i for i, s in enumerate(self.steps) if s.kind in known and s.guidance_scale > 1
+        )
+
+    @property
     def zigs(self) -> tuple[int, ...]:
         """Which steps are zigzag steps."""
         return tuple(i for i, step in enumerate(self.steps) if step.inversion is not None)
@@ -114,3 +125,26 @@ class Plan:
         """The predictions that undo the zigzag steps, as a plan; cond for the other steps."""
         legs = (s.legs[1] if s.inversion is not None else ("cond", 1.0) for s in self.steps)
         return Plan(tuple(Step(kind, scale) for kind, scale in legs), self.in_model)
+
+
+def check_asking(plan: Plan) -> None:
+    """Refuse a plan in which a scale rule that sees the latents would never be asked, or twice.
+
+    Args:
+        plan: of the run to come.
+
+    Raises:
+        ValueError: see above.
+    """
+    if plan.zigs:
+        raise ValueError(
+            "a scale rule that sees the latents must have steps of one prediction, got zigzag "
+            "steps: use mode 'cfg' or 'core'"
+        )
+    if not plan.asking:
+        kinds = ", ".join(sorted(plan.kinds))
+        raise ValueError(
+            "a scale rule that sees the latents must have a step whose scale can still be picked: "
+            "CFG, slow, or fast with a head on outputs, at a guidance scale above 1; got only "
+            f"{kinds}" + (" of a head inside the denoiser" if plan.in_model else "")
+        )

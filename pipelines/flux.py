@@ -36,7 +36,7 @@ from core2_sampler.pipelines.flux_call import (
     latent_size,
     warn_unguided,
 )
-from core2_sampler.pipelines.loop import Run, check_head, reads_negative
+from core2_sampler.pipelines.loop import Run, check_head, check_rule, reads_negative
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
@@ -138,7 +138,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
                 steps, or an argument has no meaning together with another.
             RuntimeError: the latents became nan or inf.
         """
-        self._core2_plan = None
+        self._forget()
         if core2 is None:
             if weak_guidance is not None:
                 raise ValueError(
@@ -161,6 +161,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
         check_head(head, plan, self.family.denoiser(self))
         check_zigzag(self, plan, schedule)
+        check_rule(config.sample_rule, plan, schedule, self.family.denoiser(self))
         check_cache(self.transformer, plan)
         warn_unguided(config, plan)
         fill_negatives(self, call, plan)
@@ -176,7 +177,8 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
             call.generator,
             call.latents,
         )
-        return Run(call, plan, schedule, latents, {"prompt_embeds": embeds}, split)
+        rule = config.sample_rule
+        return Run(call, plan, schedule, latents, {"prompt_embeds": embeds}, split, rule=rule)
 
     def _begin(self, call: SimpleNamespace, plan: Plan) -> None:
         """Set what the stock properties and callbacks read."""

@@ -12,10 +12,18 @@ import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
-from core2_sampler.guidance import Adjust, Prompts, Stamp, make_predict, stamp
+from core2_sampler.guidance import (
+    Adjust,
+    Prompts,
+    Stamp,
+    make_predict,
+    noise_levels,
+    stamp,
+)
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.zigzag import zigzag_predict
 from core2_sampler.samplers import sample_scheduler
+from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Plan
 from core2_sampler.types import Conditioning, Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
@@ -34,6 +42,7 @@ class Run:
             prompt's rows first where it is encoded.
         split: makes (cond, uncond) of `embeds`; uncond None where only the prompt's rows are left.
         adjust: see `make_predict`.
+        rule: picks the guidance scale of each sample in the steps that ask it.
         empty: the empty prompt, for a head that reads it in place of the negative prompt.
         finite: whether the latents were finite after each step, [N], on the latents' device.
     """
@@ -45,6 +54,7 @@ class Run:
     embeds: dict[str, Tensor]
     split: Callable[[Mapping[str, Tensor]], Prompts]
     adjust: Adjust | None = None
+    rule: SampleRule | None = None
     empty: Conditioning | None = None
     finite: Tensor = field(init=False)
     _paired: bool = field(init=False)
@@ -122,6 +132,22 @@ def _check_inversion(head: WeakHead, scale: float) -> None:
         ) from None
 
 
+def check_rule(rule: SampleRule | None, plan: Plan, schedule: Schedule, denoiser: Denoiser) -> None:
+    """Refuse a scale rule that cannot serve a run.
+
+    Args:
+        rule: of the config, if it is one that sees the latents.
+        plan: of the run to come.
+        schedule: of the run to come.
+        denoiser: the network.
+
+    Raises:
+        ValueError: from the rule.
+    """
+    if rule is not None:
+        rule.begin(denoiser, noise_levels(schedule.sigmas, plan))
+
+
 def reads_negative(pipe: Any, plan: Plan) -> bool:
     """Say whether a step of the run, the weak head or an observer reads the negative prompt.
 
@@ -184,6 +210,7 @@ def _bind(pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None) -> Pre
         *,
         ahead: int = 0,
         scale: Callable[[int], float] | None = None,
+        rule: SampleRule | None = None,
     ) -> Predict:
         def prompts(i: int) -> Prompts:
             pipe._current_timestep = schedule.timesteps[i + ahead]  # some caches ask for it
@@ -198,9 +225,10 @@ def _bind(pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None) -> Pre
             scale=scale,
             conditioning=prompts,
             adjust=adjust and (lambda i, *tensors: adjust(i + ahead, *tensors)),
+            rule=rule,
         )
 
-    forward = ask(run.plan, schedule.sigmas, scale=live_scale)
+    forward = ask(run.plan, schedule.sigmas, scale=live_scale, rule=run.rule)
     if not run.plan.zigs:
         return forward
 

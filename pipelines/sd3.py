@@ -34,7 +34,7 @@ from core2_sampler.pipelines.calls import (
     split_rows,
     wants_uncond,
 )
-from core2_sampler.pipelines.loop import Run, check_head
+from core2_sampler.pipelines.loop import Run, check_head, check_rule
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
@@ -169,7 +169,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
                 with `core2`.
             RuntimeError: the latents became nan or inf.
         """
-        self._core2_plan = None
+        self._forget()
         if core2 is None:
             return super().__call__(*args, **kwargs)
         call = bind(StableDiffusion3Pipeline.__call__, _HANDLED, (self, *args), kwargs)
@@ -186,6 +186,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
         plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
         check_head(head, plan, self.family.denoiser(self))
         check_zigzag(self, plan, schedule)
+        check_rule(config.sample_rule, plan, schedule, self.family.denoiser(self))
         self._begin(call, plan)
         embeds = self._encode(call, plan)
         latents = self.prepare_latents(
@@ -204,7 +205,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
         def split(embeds: Mapping[str, Tensor]) -> Prompts:
             return split_rows(_side, embeds, extra, call.batch)
 
-        return Run(call, plan, schedule, latents, embeds, split)
+        return Run(call, plan, schedule, latents, embeds, split, rule=config.sample_rule)
 
     def _check_call(self, call: SimpleNamespace) -> None:
         """Refuse bad arguments and fill in what the stock call fills in."""

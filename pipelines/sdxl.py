@@ -25,7 +25,7 @@ from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser, SDXLFamily
 from core2_sampler.pipelines.calls import split_rows, wants_uncond
-from core2_sampler.pipelines.loop import Run, check_head
+from core2_sampler.pipelines.loop import Run, check_head, check_rule
 from core2_sampler.pipelines.sdxl_call import ENCODED, GRID, HANDLED, NEGATIVES, check_call
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
@@ -121,7 +121,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
                 with `core2`.
             RuntimeError: the latents became nan or inf.
         """
-        self._core2_plan = None
+        self._forget()
         if core2 is None:
             return super().__call__(*args, **kwargs)
         call = bind(StableDiffusionXLPipeline.__call__, HANDLED, (self, *args), kwargs)
@@ -139,6 +139,8 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
         )
         plan = self._plan(call, config, len(schedule.timesteps))
         check_zigzag(self, plan, schedule)
+        rule = config.sample_rule
+        check_rule(rule, plan, schedule, self.family.denoiser(self))
         self._begin(call, plan)
         embeds = self._encode(call, plan)
         latents = self.prepare_latents(
@@ -156,13 +158,18 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
         def split(embeds: Mapping[str, Tensor]) -> Prompts:
             return split_rows(_side, embeds, extra, call.batch)
 
-        return Run(call, plan, schedule, latents, embeds, split, self._rescale(schedule))
+        return Run(call, plan, schedule, latents, embeds, split, self._rescale(schedule), rule)
 
     def _plan(self, call: SimpleNamespace, config: Core2Config, steps: int) -> Plan:
         """Return the plan, once its head is known to fit."""
         head, scale = self.weak_head, call.guidance_scale
         in_model = head is not None and head.in_model
         embedded = self.unet.config.time_cond_proj_dim is not None
+        if embedded and config.scale_rule is not None:
+            raise ValueError(
+                "scale_rule must be left out for a network that takes the scale as its input, got "
+                f"{config.scale_rule!r}: give guidance_scale"
+            )
         if embedded:
             config = Core2Config(mode="cond", guidance_scales=config.guidance_scales)
         plan = config.plan(steps, scale, in_model)

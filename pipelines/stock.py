@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
+from torch import Tensor
 
 from core2_sampler.pipelines.adapters.base import Family
 from core2_sampler.pipelines.loop import Observer, run_loop
@@ -133,6 +134,7 @@ class CoRe2Mixin:
     # Small, and an in-model head is never called itself, so no offload hook would ever move it.
     _exclude_from_cpu_offload = ["weak_head"]
     _core2_plan: Plan | None = None
+    _core2_schedule: Tensor | None = None
     _core2_observer: Observer | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -146,6 +148,19 @@ class CoRe2Mixin:
         """The plan of the latest call; None before the first and after a call without `core2`."""
         return self._core2_plan
 
+    @property
+    def core2_schedule(self) -> Tensor | None:
+        """The scales that the latest call's rule picked for each step and image, [N, B].
+
+        nan in steps that did not ask the rule, whose scale is the plan's or a callback's; None
+        without a rule that sees the latents, and where no step asked.
+        """
+        return self._core2_schedule
+
+    def _forget(self) -> None:
+        """Forget what is told of the latest call."""
+        self._core2_plan = self._core2_schedule = None
+
     def _sample(self, call: SimpleNamespace, config: Core2Config) -> Any:
         """Return the images, or latents, of a call with `core2`."""
         pipe: Any = self
@@ -154,6 +169,7 @@ class CoRe2Mixin:
         if run.plan.needs_head and pipe.weak_head.needs_negative == "empty":
             run.empty = self._encode_empty(call)
         latents = run_loop(self, run, self._denoiser())
+        self._core2_schedule = None if run.rule is None else run.rule.schedule
         image = latents if call.output_type == "latent" else pipe._decode(latents, call.output_type)
         pipe.maybe_free_model_hooks()
         return image

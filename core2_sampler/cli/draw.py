@@ -18,11 +18,14 @@ from core2_sampler.cli.console import print_table, progress_bars
 from core2_sampler.cli.generate import GenerateConfig, Job
 from core2_sampler.cli.images import captioned, file_stem, grid, save_image
 from core2_sampler.cli.loading import load_model, load_weak_head
+from core2_sampler.cli.scale_rule import online_scale, save_schedule, schedules
 from core2_sampler.config import user_input
 from core2_sampler.info import environment
 from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.loop import NonFiniteError
 from core2_sampler.plan import Core2Config, Plan, Step
+from core2_sampler.scale_rules import ONLINE
+from core2_sampler.scales import CANDIDATES
 
 Advance = Callable[[int], None]
 
@@ -39,10 +42,11 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """An image and its record."""
+    """An image, its record, and the guidance scale of each step."""
 
     image: Image
     record: dict[str, Any]
+    schedule: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,13 @@ class Studio:
             with count_nfe(self.pipe.family.denoiser(self.pipe).module) as counter:
                 images = self.run(arm.core2, prompt, batch, config.steps, advance)
             seconds = (time.perf_counter() - start) / len(batch)
-            for image, seed in zip(images, batch, strict=True):
-                counted = {"nfe": counter.per_sample(len(batch)), "seconds": round(seconds, 4)}
-                plan = self.pipe.core2_plan or arm.plan  # the run's own, where it has one
-                drawn.append(Drawn(image, self.record(arm, plan, prompt, seed) | counted))
+            counted = {"nfe": counter.per_sample(len(batch)), "seconds": round(seconds, 4)}
+            plan = self.pipe.core2_plan or arm.plan  # the run's own, where it has one
+            scales = schedules(plan, self.pipe.core2_schedule, len(batch))
+            for image, seed, schedule in zip(images, batch, scales, strict=True):
+                record = self.record(arm, plan, prompt, seed)
+                record |= self.rule_record(arm, plan, schedule) | counted
+                drawn.append(Drawn(image, record, schedule))
         return drawn
 
     def run(
@@ -111,6 +118,8 @@ class Studio:
         seeds = list(range(min(self.config.num_images, self.config.batch_size)))
         for arm in arms:
             core2 = arm.core2
+            if core2 is not None and core2.sample_rule is None:
+                core2 = replace(core2, scale_rule=None)  # may know no two steps
             if core2 is not None and core2.mode == "core":
                 core2 = replace(core2, slow_steps=1)  # one step of each kind
             elif core2 is not None and core2.zig_steps is not None:
@@ -128,7 +137,6 @@ class Studio:
             "model": config.model,
             "mode": arm.mode,
             "steps": config.steps,
-            "guidance_scale": 1.0 if arm.mode == "cond" else job.guidance_scale,
             "w2s_scale": steps[slow[0]].w2s_scale if slow else None,
             "slow_steps": len(slow),
             "slow_positions": slow,
@@ -143,12 +151,32 @@ class Studio:
             **environment(job.device),
         }
 
+    def rule_record(self, arm: Arm, plan: Plan, schedule: list[float]) -> dict[str, Any]:
+        """Return what decides the guidance scale of each step."""
+        config, core2 = self.config, arm.core2
+        scale: float | None = 1.0 if arm.mode == "cond" else self.job.guidance_scale
+        if core2 is None or core2.scale_rule is None:
+            unset = dict.fromkeys(("scale_rule", "evaluators", "candidates", "schedule"))
+            return {"guidance_scale": scale, **unset}
+        online = core2.sample_rule is not None
+        single = online and len(plan.asking) < len(plan)
+        return {
+            "guidance_scale": scale if single else None,
+            "scale_rule": config.scale_rule,
+            "evaluators": [str(path) for path in config.evaluators or ()] if online else None,
+            "candidates": list(config.candidates or CANDIDATES) if online else None,
+            "schedule": schedule,
+        }
+
 
 def draw(config: GenerateConfig, job: Job) -> None:
     """Draw every prompt in every arm; write images, records, a grid and a summary."""
     pipe = load_model(job.model, job.device, config.dtype)
     if job.head is not None:
         pipe.register_modules(weak_head=load_weak_head(job.head, pipe))
+    if config.scale_rule == ONLINE:
+        rule = online_scale(config, job.device)
+        job = replace(job, core2=replace(job.core2, scale_rule=rule))
     studio, arms = Studio(pipe, config, job), _arms(config, job)
     config.output.mkdir(parents=True, exist_ok=True)
     with _errors_in_one_line():
@@ -184,7 +212,7 @@ def _draw_all(studio: Studio, arms: Sequence[Arm]) -> dict[str, list[list[Drawn]
             for arm in arms:
                 drawn = studio.draw(arm, prompt, partial(bars.advance, arm.mode))
                 rows[arm.mode].append(drawn)
-                _save(drawn, config.output)
+                _save(drawn, config)
     return rows
 
 
@@ -197,10 +225,13 @@ def _arms(config: GenerateConfig, job: Job) -> list[Arm]:
     return arms
 
 
-def _save(drawn: Sequence[Drawn], folder: Path) -> None:
+def _save(drawn: Sequence[Drawn], config: GenerateConfig) -> None:
     for each in drawn:
         stem = file_stem(each.record["prompt"], each.record["seed"], each.record["mode"])
-        save_image(each.image, folder / f"{stem}.png", each.record)
+        path = config.output / f"{stem}.png"
+        save_image(each.image, path, each.record)
+        if config.save_schedule:
+            save_schedule(path, each.record, each.schedule)
 
 
 def _summary(rows: Sequence[Sequence[Drawn]]) -> dict[str, Any]:
@@ -213,9 +244,12 @@ def _summary(rows: Sequence[Sequence[Drawn]]) -> dict[str, Any]:
 def _report(summaries: Sequence[Mapping[str, Any]], config: GenerateConfig) -> None:
     """Print what was drawn, a line for each arm."""
     header = ("mode", "images", "steps", "scale", "NFE", "seconds per image", "head")
-    keys = ("mode", "images", "steps", "guidance_scale", "nfe")
     rows = [
-        [*(each[key] for key in keys), f"{each['seconds']:.3f}", Path(each["head"] or "").name]
+        [
+            *(each[key] for key in ("mode", "images", "steps")),
+            each["scale_rule"] or each["guidance_scale"],
+            *(each["nfe"], f"{each['seconds']:.3f}", Path(each["head"] or "").name),
+        ]
         for each in summaries
     ]
     print_table(header, rows)

@@ -11,24 +11,30 @@ import typer
 
 from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
 from core2_sampler.cli.options import add_command
+from core2_sampler.cli.scale_rule import RULE_HELP, check_rule
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
 from core2_sampler.plan import PRESETS, Core2Config, Plan
+from core2_sampler.scale_rules import ONLINE
+from core2_sampler.steps import check_asking
 
 GenerateMode = Literal[
     "fast", "balanced", "quality", "core", "zigzag", "zcore", "zfast", "cfg", "cond"
 ]
 _CORE2_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Core2Config)}
-_ZIG_OPTIONS = {"zig_steps", "inversion_scale"}
+_ZIG_OPTIONS = {"zig_steps", "inversion_scale", "scale_rule"}
 _OPTIONS_OF: dict[str, set[str]] = {
     "cond": set(),
-    "cfg": set(),
-    "core": {"slow_steps", "w2s_scale"},
+    "cfg": {"scale_rule"},
+    "core": {"slow_steps", "w2s_scale", "scale_rule"},
     "zigzag": _ZIG_OPTIONS | {"upstream"},
     "zcore": _ZIG_OPTIONS | {"upstream"},
     "zfast": _ZIG_OPTIONS,
 }
 """The options of `Core2Config` that act in each of its modes."""
+
+_ANY_SCALE = 2.0
+"""Asks for guidance where a rule says every scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,18 @@ class GenerateConfig:
     )
     guidance_scale: float | None = option(
         None, help="Strength of guidance; by default what the model's head was made for.", min=1
+    )
+    scale_rule: str | None = option(None, help=RULE_HELP)
+    evaluators: tuple[Path, ...] | None = option(
+        None, help="--scale-rule online: folders of evaluators (`core2 evaluators train`)."
+    )
+    candidates: tuple[float, ...] | None = option(
+        None,
+        help="--scale-rule online: the scales to pick from, 1,3,7.5,11,15 by default.",
+        min=1,
+    )
+    save_schedule: bool = option(
+        False, help="Write the guidance scale of each step beside each image, as JSON and a plot."
     )
     w2s_scale: float | None = option(None, help=_CORE2_HELP["w2s_scale"] + ".")
     slow_steps: int | float | tuple[int, ...] | None = option(
@@ -83,7 +101,7 @@ class Job:
 
     model: ModelFiles
     head: HeadFiles | None
-    core2: Core2Config
+    core2: Core2Config  # without the rule of --scale-rule online, which needs weights
     plan: Plan
     guidance_scale: float
     height: int
@@ -119,20 +137,15 @@ def check(config: GenerateConfig) -> Job:
         core2 = core2_config(config)
         core2.plan(config.steps, 2.0)  # any scale: slow steps against steps
     model = find_model(config.model)
+    check_rule(config, model)
     height, width = model.check_size(config.height, config.width)
     head = find_head(config.head, model)
-    scale = config.guidance_scale
-    if scale is None:
-        named = head.reference_scale if head is not None else None
-        scale = model.guidance_scale if named is None else named
-        if scale <= 1 and config.mode != "cond":
-            raise ConfigError(
-                f"guidance_scale must be given for {model.name}, whose stock call does not guide, "
-                "got none: try 4, or take --mode cond"
-            )
+    scale = find_scale(config, model, head)
     with user_input():
         device = pick_device(config.device)
         plan = core2.plan(config.steps, scale, head is not None and head.in_model)
+        if config.scale_rule == ONLINE:
+            check_asking(plan)
     check_plan(config, plan, head)
     if head is not None and plan.needs_head:
         check_scales(plan, head)
@@ -140,6 +153,22 @@ def check(config: GenerateConfig) -> Job:
     used = head if plan.needs_head else None
     tokens = model.check_tokens(config.max_sequence_length)
     return Job(model, used, core2, plan, scale, height, width, tokens, device)
+
+
+def find_scale(config: GenerateConfig, model: ModelFiles, head: HeadFiles | None) -> float:
+    """Return the single guidance scale; where a rule says every scale, one above 1."""
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    named = head.reference_scale if head is not None else None
+    scale = model.guidance_scale if named is None else named
+    if scale > 1 or config.mode == "cond":
+        return scale
+    if config.scale_rule is not None and not config.compare:
+        return _ANY_SCALE
+    raise ConfigError(
+        f"guidance_scale must be given for {model.name}, whose stock call does not guide, "
+        "got none: try 4, or take --mode cond"
+    )
 
 
 def core2_config(config: GenerateConfig) -> Core2Config:
@@ -154,6 +183,8 @@ def core2_config(config: GenerateConfig) -> Core2Config:
         raise ConfigError(f"{unused[0]} has no effect in mode {config.mode!r}; leave it out")
     if config.mode == "cond" and config.guidance_scale is not None:
         raise ConfigError("guidance_scale has no effect in mode 'cond'; leave it out")
+    if config.scale_rule == ONLINE:
+        del given["scale_rule"]
     return dataclasses.replace(base, **given)
 
 
@@ -163,6 +194,12 @@ def check_plan(config: GenerateConfig, plan: Plan, head: HeadFiles | None) -> No
         raise ConfigError(
             f"mode {config.mode!r} needs a weak head and {config.model} has none; give one with "
             "--head (`core2 collect` and `core2 reflect` make it) or take --mode cfg"
+        )
+    online = config.scale_rule == ONLINE
+    unused = config.scale_rule is not None and not (online and plan.needs_head and plan.in_model)
+    if config.guidance_scale is not None and unused and not config.compare:
+        raise ConfigError(
+            f"guidance_scale has no effect with --scale-rule {config.scale_rule}; leave it out"
         )
     if config.head is not None and not plan.needs_head:
         raise ConfigError(f"head has no effect in mode {config.mode!r}; leave it out")

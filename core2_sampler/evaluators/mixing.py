@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 
 _LEAST = 0.1  # of a score, as a divisor: scores are logits, whose unit is 1
+_ROUNDING = 1e-6  # of a score's size: below it, candidates differ by rounding errors alone
 
 
 def normalised(scores: Tensor) -> Tensor:
     """Return scores with mean 0 and standard deviation 1 over the candidates of each sample.
 
-    So each evaluator has the same say, whatever its unit; equal scores become 0.
+    So each evaluator has the same say, whatever its unit; scores that are equal up to rounding
+    become 0.
 
     Args:
         scores: [E, K, B].
     """
-    centred = scores - scores.mean(1, keepdim=True)
+    mean = scores.mean(1, keepdim=True)
+    centred = scores - mean
     spread = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(spread > 1e-6, centred / spread.clamp(min=1e-6), torch.zeros_like(centred))
+    least = _ROUNDING * mean.abs().clamp(min=1)
+    return torch.where(spread > least, centred / spread.maximum(least), torch.zeros_like(centred))
 
 
 def adaptive_weights(now: Tensor, before: Tensor | None, *, upstream: bool = False) -> Tensor:

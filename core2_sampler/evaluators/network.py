@@ -164,13 +164,18 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
             conditioning: the prompts, B rows.
 
         Raises:
-            ValueError: latents of another space.
+            ValueError: latents of another space, or on another device.
         """
         return self.score(self.see(x, sigma), self.read(conditioning))
 
     def see(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return what it sees in latents, [B, W]."""
         self.check_latents(x.shape[1])
+        if x.device != self.device:
+            raise ValueError(
+                f"an evaluator must be on the device of the latents ({x.device}), got one on "
+                f"{self.device}: call evaluator.to(...)"
+            )
         side, dtype = self.config.patch_size, self.norm_out.weight.dtype
         x, share = to_flow(wide(x), wide(sigma), path_of(self.config.family))
         missing = [-length % side for length in x.shape[2:]]

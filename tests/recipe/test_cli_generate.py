@@ -15,6 +15,9 @@ from PIL import Image
 
 from core2_sampler.cli import main
 from core2_sampler.cli.images import captioned, file_stem, grid
+from core2_sampler.evaluators.network import LatentEvaluator
+from core2_sampler.plan import Core2Config
+from core2_sampler.scales import CallableScale
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -134,6 +137,61 @@ def test_modes_on_a_model_with_a_head_of_its_own(
     expected = {"head": str(model / "weak_head"), **settings}
     [record] = generate(tmp_path, "a star", "--model", model, "--steps", "8", *arguments)
     assert {key: record[key] for key in expected} == expected
+
+
+def test_an_online_scale_is_saved_with_its_images(folders: Path, tmp_path: Path):
+    """Truth: the same images by a rule that replays the saved schedule."""
+    pipe = tiny_sd3_pipeline()
+    prompt, _ = pipe.family.encode(pipe, ["a star"])
+    sizes = {"patch_size": 2, "width": 64, "num_layers": 1}
+    for kind in ("alignment", "fidelity"):
+        latents = torch.empty(1, 4, 8, 8)
+        LatentEvaluator.for_model(kind, "sd3", latents, prompt, **sizes).save_pretrained(
+            tmp_path / kind
+        )
+    evaluators = [str(tmp_path / kind) for kind in ("alignment", "fidelity")]
+    out = tmp_path / "out"
+    arguments = ["--scale-rule", "online", "--evaluators", ",".join(evaluators)]
+    arguments += ["--candidates", "1,3,7.5", "--save-schedule", "--compare", "--device", "cpu"]
+    generate(
+        *(out, "a star", "--model", folders / "model", "--head", folders / "tap", "-n", "2"),
+        *("--steps", "4", "--mode", "balanced", "--guidance-scale", "3", *arguments),
+    )
+    replayed = []
+    for seed in (0, 1):
+        stem = f"a-star-seed{seed}-balanced"
+        record = json.loads((out / f"{stem}.json").read_text())
+        schedule = json.loads((out / f"{stem}.schedule.json").read_text())
+        assert record["schedule"] == schedule["schedule"]
+        assert len(record["schedule"]) == 4 and set(record["schedule"]) <= {1.0, 3.0, 7.5}
+        settings = ("scale_rule", "evaluators", "candidates", "guidance_scale", "nfe")
+        assert [record[key] for key in settings] == ["online", evaluators, [1, 3, 7.5], None, 5]
+        assert "</svg>" in (out / f"{stem}.schedule.svg").read_text()
+        stock = json.loads((out / f"a-star-seed{seed}-cfg.json").read_text())
+        assert (stock["guidance_scale"], stock["scale_rule"], stock["nfe"]) == (3.0, None, 8)
+        replayed.append(record["schedule"])
+    pipe.register_modules(weak_head=HEADS.get("tap").from_pretrained(folders / "tap"))
+    rule = CallableScale(lambda pair: torch.tensor(replayed).T[pair.i])
+    images = pipe(
+        "a star",
+        num_images_per_prompt=2,
+        num_inference_steps=4,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        core2=Core2Config(slow_steps=1, w2s_scale=1.0, scale_rule=rule),
+    ).images
+    for seed, image in enumerate(images):
+        drawn = pixels(out / f"a-star-seed{seed}-balanced.png")
+        assert abs(drawn - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_a_static_rule_is_recorded_scale_by_scale(folders: Path, tmp_path: Path):
+    arguments = ["--mode", "cfg", "--steps", "4", "--scale-rule", "list:5,3,1,1", "--save-schedule"]
+    [record, saved] = generate(tmp_path, "a star", "--model", folders / "model", *arguments)
+    assert record["schedule"] == saved["schedule"] == [5.0, 3.0, 1.0, 1.0]
+    assert (record["scale_rule"], record["guidance_scale"], record["nfe"]) == (
+        *("list:5,3,1,1", None),
+        6,
+    )
 
 
 def test_a_config_file_and_overrides(folders: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, ArmSpec, build_arms
+from core2_sampler.benchmarks.matching import is_plain
 from core2_sampler.plan import make_plan
 
 HEADS = {name: f"heads/{name}" for name in ("affine", "adapter", "tap")}
@@ -49,6 +50,24 @@ def test_zigzag_arms_cost_what_the_formulas_say():
         "zfast-cond": 82,
         "zfast-quarter": 28 + 7 * 2,
     }
+
+
+def test_arms_of_a_scale_rule_have_these_scales_and_cost():
+    """At N = 5 and scale 3; half a cosine wave passes (1 +- sqrt(1/2)) / 2 at its quarters."""
+    names = ["interval", "linear", "linear-up", "cosine", "cosine-up"]
+    plans = {arm.name: arm.plan(in_model=False) for arm in build_arms(names, 5, 3.0, {})}
+    high, low = 3 + 2 * 0.5**0.5, 3 - 2 * 0.5**0.5
+    wanted = {
+        "interval": ([1, 3, 3, 3, 1], 8),
+        "linear": ([5, 4, 3, 2, 1], 9),
+        "linear-up": ([1, 2, 3, 4, 5], 9),
+        "cosine": ([5, high, 3, low, 1], 9),
+        "cosine-up": ([1, low, 3, high, 5], 9),
+    }
+    for name, (scales, nfe) in wanted.items():
+        assert [step.guidance_scale for step in plans[name].steps] == pytest.approx(scales)
+        assert plans[name].nfe == nfe
+    assert not is_plain(build_arms(["linear"], 5, 3.0, {})[0])
 
 
 @pytest.mark.parametrize("name", ARMS.names())

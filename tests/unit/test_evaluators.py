@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -110,6 +112,8 @@ def test_it_is_the_same_after_saving_and_loading(evaluator, tmp_path):
         load_evaluator(tmp_path, family="flux")
     with pytest.raises(ValueError, match="must have 4 channels for this .* got 16"):
         again(noise(1, 16, 8, 8), torch.ones(1), prompts(1))
+    with pytest.raises(ValueError, match=r"device of the latents \(meta\), got one on cpu"):
+        again(torch.empty(1, CHANNELS, 8, 8, device="meta"), torch.ones(1), prompts(1))
     weights = next(tmp_path.glob("*.safetensors"))
     torch.save(again.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     weights.unlink()
@@ -216,11 +220,14 @@ class World:
         return self.draw(10_000, 128, accept)
 
 
+@cache
+def vector(word):
+    return noise(PROMPT_DIM, seed=sum(map(ord, word)))
+
+
 def read(texts):
     """Encode each word as a vector of its own."""
-    vectors = torch.stack(
-        [torch.stack([noise(PROMPT_DIM, seed=sum(map(ord, w))) for w in t.split()]) for t in texts]
-    )
+    vectors = torch.stack([torch.stack([vector(word) for word in t.split()]) for t in texts])
     return Conditioning(vectors, vectors[:, :, :POOLED_DIM].flatten(1)[:, :POOLED_DIM])
 
 
@@ -250,11 +257,13 @@ SHORT = EvaluatorConfig(
 )
 
 
+def trained(evaluator, source, config=SHORT, folder=None):
+    return train_evaluator(evaluator, source, read, config, folder=folder, log=lambda line: None)
+
+
 def test_twenty_steps_lower_the_loss_and_beat_chance(evaluator, tmp_path):
     source, kind = source_of(evaluator.kind), evaluator.config.kind
-    progress = train_evaluator(
-        evaluator, source, read, SHORT, folder=tmp_path / "run", log=lambda line: None
-    )
+    progress = trained(evaluator, source)
     losses = [loss for _, _, loss in progress.losses]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     accuracy = progress.evaluations[-1]
@@ -262,15 +271,30 @@ def test_twenty_steps_lower_the_loss_and_beat_chance(evaluator, tmp_path):
     assert accuracy["accuracy"] > 0.75
     assert accuracy["by_noise"]["0.3"] == pytest.approx(told(evaluator, source), abs=0.1)
     assert accuracy["by_noise"]["0.1"] > accuracy["by_noise"]["0.9"] - 0.05
-    # the same call again, after the end or a kill, ends with the same weights
-    again = small(kind, seed=3)
-    train_evaluator(again, source, read, SHORT, folder=tmp_path / "run", log=lambda line: None)
-    assert torch.equal(scored(again), scored(evaluator))
-    card = save_evaluator(evaluator, tmp_path / "out", progress, SHORT, model="made up")
+    card = save_evaluator(evaluator, tmp_path, progress, SHORT, model="made up")
     told_by_card = json.loads(card.read_text())
     assert told_by_card["held_out_accuracy"] == accuracy["accuracy"]
     assert told_by_card["kind"] == kind and told_by_card["model"] == "made up"
-    torch.testing.assert_close(scored(load_evaluator(tmp_path / "out")), scored(evaluator))
+    torch.testing.assert_close(scored(load_evaluator(tmp_path)), scored(evaluator))
+
+
+def test_the_same_training_again_ends_with_the_same_weights(tmp_path):
+    """After its end, and after a kill: all that is left of it then is its checkpoint."""
+    first, config = small("fidelity"), replace(SHORT, steps=6)
+    source = source_of(first.kind)
+
+    def killed(line):
+        if line.startswith("step 3 "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_evaluator(first, source, read, config, folder=tmp_path, log=killed)
+    for seed in (3, 4):
+        again = small("fidelity", seed=seed)
+        trained(again, source, config, tmp_path)
+        whole = small("fidelity")
+        trained(whole, source, config)
+        assert torch.equal(scored(again), scored(whole))
 
 
 def told(evaluator, source):

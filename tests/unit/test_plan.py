@@ -8,6 +8,7 @@ import math
 import pytest
 
 from core2_sampler.plan import PRESETS, Core2Config, Plan, Step, make_plan, resolve_config
+from core2_sampler.scales import CallableScale
 
 
 def kinds(plan):
@@ -174,7 +175,46 @@ def test_config_scales_replace_the_single_one():
         Core2Config(mode="cfg", guidance_scales=(2.0,)).plan(3, 9.0)
 
 
+def picks(pair):
+    return pair.x.new_ones(len(pair.x))
+
+
+@pytest.mark.parametrize("rule", ["linear:1,5", lambda i, n: 1 + 4 * i / (n - 1)])
+def test_a_static_scale_rule_is_part_of_the_plan(rule):
+    plan = Core2Config(mode="cfg", scale_rule=rule).plan(5, 9.0)
+    assert plan == make_plan("cfg", 5, [1.0, 2.0, 3.0, 4.0, 5.0])
+    fast = Core2Config(scale_rule=rule).plan(5, 1.0)
+    assert kinds(fast) == ["cond", "fast", "fast", "fast", "fast"]
+
+
+def test_a_rule_that_sees_the_latents_needs_a_step_to_pick_for():
+    rule = CallableScale(picks)
+
+    def plan(scale=3.0, in_model=False, **options):
+        return Core2Config(scale_rule=rule, **options).plan(4, scale, in_model)
+
+    assert plan(mode="cfg").asking == plan().asking == (0, 1, 2, 3)
+    assert plan(in_model=True, slow_steps=(1, 3)).asking == (1, 3)
+    assert plan(in_model=True, slow_steps=(1,), w2s_scale=1.0).asking == (1,)
+    with pytest.raises(ValueError, match="got only fast of a head inside the denoiser"):
+        plan(in_model=True)
+    with pytest.raises(ValueError, match="at a guidance scale above 1; got only cond"):
+        plan(scale=1.0, mode="cfg")
+    with pytest.raises(ValueError, match="got zigzag steps: use mode 'cfg' or 'core'"):
+        plan(mode="zigzag")
+
+
 def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match="scale_rule and guidance_scales both"):
+        Core2Config(mode="cfg", scale_rule="constant:3", guidance_scales=(3.0,))
+    with pytest.raises(ValueError, match="scale_rule has no effect in mode 'cond'"):
+        Core2Config(mode="cond", scale_rule=CallableScale(picks))
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        Core2Config(mode="cfg", scale_rule="cosin:9,1")
+    with pytest.raises(ValueError, match="'online', which needs evaluators: give an OnlineScale"):
+        Core2Config(mode="cfg", scale_rule="online")
+    with pytest.raises(TypeError, match="rule that sees the latents, got int"):
+        Core2Config(mode="cfg", scale_rule=3)
     with pytest.raises(ValueError, match="share"):
         Core2Config(slow_steps=1.5)
     with pytest.raises(ValueError, match="zig_steps written with a point"):

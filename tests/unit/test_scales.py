@@ -8,23 +8,20 @@ import pytest
 import torch
 
 from core2_sampler.evaluators.mixing import adaptive_weights, normalised
-from core2_sampler.guidance import strong
+from core2_sampler.guidance import make_predict, strong
 from core2_sampler.nfe import count_nfe
 from core2_sampler.plan import make_plan
 from core2_sampler.samplers import sample_euler
-from core2_sampler.scales import (
-    CallableScale,
-    OnlineScale,
-    Pair,
+from core2_sampler.scale_rules import (
     constant,
     cosine,
     interval,
     linear,
     listed,
-    next_latents,
     parse_rule,
     static_scales,
 )
+from core2_sampler.scales import CallableScale, OnlineScale, Pair, next_latents
 from core2_sampler.schedules import flow_sigmas
 from core2_sampler.testing import GaussianDenoiser
 from core2_sampler.types import Conditioning
@@ -74,8 +71,11 @@ def pair_of(x, cond, gap, targets, i=0, sigma=0.8, sigma_next=0.6):
     return Pair(i, x, cond, gap, sigma, sigma_next, prompt, guided)
 
 
-def begun(rule, num_steps=4):
-    rule.begin(GaussianDenoiser(), num_steps)
+LEVELS = [0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+def begun(rule):
+    rule.begin(GaussianDenoiser(), LEVELS)
     return rule
 
 
@@ -118,7 +118,7 @@ def test_outside_an_interval_a_step_costs_one_pass():
         (lambda: OnlineScale({}), "at least one evaluator"),
         (lambda: OnlineScale({"a": Nearness()}, candidates=(0.5,)), "at least 1"),
         (lambda: OnlineScale({"a": Nearness()}, weights={"b": 1.0}), r"each of \['a'\]"),
-        (lambda: begun(OnlineScale({"a": Nearness()})).schedule, "after a run"),
+        (lambda: parse_rule("constant:inf"), "numbers must be finite"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -131,14 +131,22 @@ def test_an_evaluator_of_another_family_is_refused_before_the_run():
         family = "flux"
 
     with pytest.raises(ValueError, match="made for gaussian, got flux"):
-        OnlineScale({"near": Nearness()}).begin(Other(), 4)
+        OnlineScale({"near": Nearness()}).begin(Other(), LEVELS)
 
 
-def test_online_needs_a_lower_noise_level_ahead():
-    x = random(1, 4, 2, 2)
-    rule = begun(OnlineScale({"near": Nearness()}))
-    with pytest.raises(ValueError, match="lower noise level, got 0.8 after 0.8 at step 0"):
-        rule(pair_of(x, x, x, random(1, 4), sigma_next=0.8))
+def test_online_needs_lower_and_lower_noise_levels():
+    with pytest.raises(ValueError, match="lower noise level, got 0.6 after 0.6 at step 1"):
+        OnlineScale({"near": Nearness()}).begin(GaussianDenoiser(), [0.8, 0.6, 0.6, 0.0])
+
+
+def test_there_is_no_schedule_before_a_step_asked():
+    assert begun(OnlineScale({"near": Nearness()})).schedule is None
+
+
+def test_an_interval_begins_and_ends_at_its_steps():
+    # 0.14 * 50 is 7.000000000000001, 0.58 * 50 is 28.999999999999996
+    scales = static_scales(interval(6, 0.14, 0.58), 50)
+    assert [i for i, scale in enumerate(scales) if scale == 6] == list(range(7, 29))
 
 
 def test_online_picks_the_candidate_nearest_to_the_minimum_of_a_quadratic():
@@ -164,7 +172,7 @@ def run(rule, seeds):
     means = torch.stack([random(4, seed=100 + seed) for seed in seeds])
     # What the evaluator wants lies further out than the prompt's mean, so guidance pays.
     prompt, target = denoiser.prompt(means), 3 * means
-    rule.begin(denoiser, 6)
+    rule.begin(denoiser, sigmas.tolist())
 
     def predict(x, i):
         sigma = sigmas[i].float().expand(len(x))
@@ -207,6 +215,27 @@ def test_a_schedule_can_be_replayed():
         run(CallableScale(lambda pair: torch.ones(3)), [0, 1])
 
 
+@pytest.mark.parametrize("nominal", [1.0001, 3.0])
+def test_the_engine_guides_each_sample_at_the_scale_picked_for_it(nominal):
+    """Whatever scale the plan has; where it is not the plan's, the caller's own holds."""
+    denoiser, sigmas = GaussianDenoiser(), flow_sigmas(4)
+    x, mean = random(3, 4, 4, 4), random(3, 4, seed=1)
+    cond, uncond, picked = denoiser.prompt(mean), denoiser.prompt(0 * mean), [2.0, 7.5, 11.0]
+    rule = CallableScale(lambda pair: torch.tensor(picked))
+    plan = make_plan("cfg", 4, nominal)
+    scales = [nominal, nominal, 5.0, 1.0]
+    for given in (None, scales.__getitem__):
+        predict = make_predict(denoiser, sigmas, plan, cond, uncond, scale=given, rule=rule)
+        for i in range(4):
+            sigma = sigmas[i].float().expand(3)
+            both = denoiser(x, sigma, cond), denoiser(x, sigma, uncond)
+            edited = given is not None and scales[i] != nominal
+            rows = [scales[i]] * 3 if edited else picked
+            wanted = [strong(*both, scale)[row] for row, scale in enumerate(rows)]
+            torch.testing.assert_close(predict(x, i), torch.stack(wanted), atol=1e-5, rtol=1e-5)
+    assert rule.schedule[:2].tolist() == [picked] * 2 and rule.schedule[2:].isnan().all()
+
+
 def test_it_steers_to_what_the_evaluator_wants():
     # The Gaussian denoiser leads to a mean s times the prompt's; three times is wanted.
     _, schedule, _ = run(OnlineScale({"near": Nearness()}, candidates=(1.0, 3.0, 15.0)), [5])
@@ -229,6 +258,13 @@ def test_normalised_scores_have_no_unit():
     wanted = torch.tensor([[[-(1.5**0.5), 0.0], [0.0, 0.0], [1.5**0.5, 0.0]]])
     torch.testing.assert_close(normalised(scores), wanted)
     torch.testing.assert_close(normalised(100 * scores - 7), wanted)
+
+
+def test_rounding_errors_of_large_scores_have_no_say():
+    # Neighbours of 90 in float32 are 8e-6 apart: no evaluator means anything by that.
+    scores = torch.tensor([[[90.0], [90.00001], [90.0]]])
+    assert scores.unique().numel() == 2
+    assert torch.equal(normalised(scores), torch.zeros(1, 3, 1))
 
 
 def test_fixed_weights_count_as_often_as_they_say():
@@ -268,7 +304,7 @@ def test_adaptive_weights_listen_to_the_evaluator_that_gains():
     rule(pair_of(zero, zero, gap, far, i=0))  # distances 9 and 8.6
     # now 0.5 and 0.1: `near` gained, `far` lost, so 3 is right, which is nearer
     assert rule(pair_of(zero + 8.5, zero, gap, far, i=1)).tolist() == [3.0]
-    rule.begin(GaussianDenoiser(), 4)
+    rule.begin(GaussianDenoiser(), LEVELS)
     rule(pair_of(zero, zero, gap, -close * 0, i=0))  # distances 0 and 0.4
     # now 9 and 9.4: `far` gained, so 3 is right, which is farther
     assert rule(pair_of(zero, zero, gap, close, i=1)).tolist() == [3.0]

@@ -175,7 +175,9 @@ def run_unit(
     # A slow step with w2s_scale 0 goes where the fast step goes, and has measured the gap.
     step = Step("cfg", scale) if policy is None else Step("slow", scale, w2s_scale=0.0)
     recorder = _Recorder(
-        sigmas, [kept_steps(record, num_steps, config.steps_per_trajectory) for record in records]
+        sigmas,
+        [kept_steps(record, num_steps, config.steps_per_trajectory) for record in records],
+        config.features,
     )
     predict = make_predict(
         denoiser,
@@ -203,8 +205,8 @@ def run_unit(
 class _Recorder:
     """The ``on_pair`` of a run: keeps the chosen steps of each trajectory, on the CPU."""
 
-    def __init__(self, sigmas: Tensor, keep: Sequence[Sequence[int]]) -> None:
-        self._sigmas, self._keep = sigmas, keep
+    def __init__(self, sigmas: Tensor, keep: Sequence[Sequence[int]], keep_features: bool) -> None:
+        self._sigmas, self._keep, self._keep_features = sigmas, keep, keep_features
         self._parts: list[dict[str, Tensor]] = []
 
     def __call__(
@@ -215,7 +217,7 @@ class _Recorder:
             return
         sigma = float(self._sigmas[i])
         tensors = {"x": x, "cond": cond, "gap": gap}
-        if features is not None:
+        if features is not None and self._keep_features:  # a head may ask for them too
             tensors["features"] = features
         part = {name: _halve(tensor[chosen].cpu()) for name, tensor in tensors.items()}
         if not all(torch.isfinite(tensor).all() for tensor in part.values()):

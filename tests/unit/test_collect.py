@@ -218,6 +218,7 @@ def test_an_on_policy_round_visits_the_states_of_the_fast_sampler(setup, tmp_pat
     assert (rows.x[1:] - rows_of(guided, "id-1").x[1:]).abs().max() > 0.05
     first = rows_of(guided, "id-1")
     torch.testing.assert_close(rows.gap[:1], first.gap[:1], atol=2e-3, rtol=2e-3)
+    assert rows.features is None  # the tap reads them, but they were not asked for
 
 
 def test_online_rows_are_fresh_and_never_of_held_out_prompts(setup):

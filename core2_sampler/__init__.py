@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from core2_sampler.attachment import attach as attach
     from core2_sampler.attachment import attached as attached
     from core2_sampler.attachment import detach as detach
+    from core2_sampler.guider import CoRe2Guidance as CoRe2Guidance
     from core2_sampler.pipelines.auto import CoRe2Pipeline as CoRe2Pipeline
     from core2_sampler.pipelines.flux import CoRe2FluxPipeline as CoRe2FluxPipeline
     from core2_sampler.pipelines.sd3 import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CoRe2FluxPipeline": "core2_sampler.pipelines.flux",
+    "CoRe2Guidance": "core2_sampler.guider",
     "CoRe2Pipeline": "core2_sampler.pipelines.auto",
     "CoRe2StableDiffusion3Pipeline": "core2_sampler.pipelines.sd3",
     "CoRe2StableDiffusionXLPipeline": "core2_sampler.pipelines.sdxl",

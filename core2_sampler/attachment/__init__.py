@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.attachment.networks import Network, find_networks
+from core2_sampler.attachment.answers import has_own_scales
+from core2_sampler.attachment.checks import check_config, check_head, find_head
+from core2_sampler.attachment.networks import find_networks
 from core2_sampler.attachment.run import Run, check_no_faster_cache
 from core2_sampler.pipelines.stock import CoRe2Mixin
 from core2_sampler.plan import Core2Config, Plan, resolve_config
-from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.base import WeakHead
 
-UNTRAINED = ("cond", "last_gap")
-"""The heads that may be named, because there is nothing to train in them."""
-
-_MODES = ("cond", "cfg", "core")
-_OPTIONS = ("slow_steps", "w2s_scale", "guidance_scales")
-"""The modes and options of a config that act on guidance alone."""
-
-_OWN_PIPELINES = {
-    "sdxl": "CoRe2StableDiffusionXLPipeline",
-    "sd3": "CoRe2StableDiffusion3Pipeline",
-    "flux": "CoRe2FluxPipeline",
-}
+logger = logging.getLogger(__name__)
 
 _NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
 
@@ -58,11 +49,17 @@ class _Attachment:
 
     def _asks_for_guidance(self, call: Mapping[str, Any], scale_offset: float) -> bool:
         """Say whether the stock call would run the negative prompt at all."""
-        if not call[self.scale_name] + scale_offset > 1:
-            return False
-        if self.scale_name == "guidance_scale":
+        scale = call[self.scale_name]
+        if not scale + scale_offset > 1:
+            lack = f"{self.scale_name} must turn guidance on, got {scale}"
+        elif self.scale_name != "guidance_scale" and all(call.get(n) is None for n in _NEGATIVES):
+            lack = f"a negative prompt must be given for {self.scale_name} to act, got none"
+            logger.warning("%s: core2 has no effect; pass negative_prompt=''", lack)
+        else:
             return True  # the negative prompt is the empty one where none is given
-        return any(call.get(name) is not None for name in _NEGATIVES)
+        if has_own_scales(self.config):
+            raise ValueError(f"{lack}: the scale of each step, which the config has, is in vain")
+        return False
 
 
 def attach(
@@ -103,13 +100,18 @@ def attach(
     networks = find_networks(pipe)
     scale_name = _scale_name(pipe)
     config = resolve_config(core2)
-    _check_config(config, networks)
+    check_config(config, networks[0].family)
+    if has_own_scales(config) and len(networks) > 1:
+        raise ValueError(
+            "guidance_scales and scale_rule must be left out for a pipeline of two networks, which "
+            f"have a scale each, got {config}"
+        )
     for network in networks:
         check_no_faster_cache(network.module)
-    found = _find_head(head, networks[0])
-    _check_head(found, config, networks)
+    found = find_head(head, networks[0])
+    check_head(found, config, networks[0])
     pipe._core2_attachment = _Attachment(found, config, scale_name)
-    pipe.__class__ = _attached_class(type(pipe))
+    pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]  # a class is hashable
     return pipe
 
 
@@ -159,17 +161,31 @@ def is_attached(pipe: Any) -> bool:
     return "_core2_attachment" in vars(pipe)
 
 
+@functools.cache
 def _attached_class(stock: type) -> type:
-    """Return the class of an attached pipeline: the stock one under its own name, but its call."""
+    """Return the class of an attached pipeline: the stock one under its own name, but its call.
+
+    What is made of the class, as by ``type(pipe).from_pipe``, is a stock pipeline.
+    """
     stock_call: Any = stock.__call__
 
     @functools.wraps(stock_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._core2_attachment.run(self, stock_call, args, kwargs)
 
-    members = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    plan = property(lambda self: self._core2_attachment.plan)
-    return type(stock.__name__, (stock,), {**members, "__call__": call, "core2_plan": plan})
+    members = {
+        **{name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")},
+        "__new__": lambda _cls, *args, **kwargs: stock(*args, **kwargs),
+        "__call__": call,
+        "__reduce_ex__": lambda self, _protocol: (_bare, (stock,), vars(self)),
+        "core2_plan": property(lambda self: self._core2_attachment.plan),
+    }
+    return type(stock.__name__, (stock,), members)
+
+
+def _bare(stock: type) -> Any:
+    """Return an attached pipeline without its attributes, for copies and pickles."""
+    return object.__new__(_attached_class(stock))
 
 
 def _scale_name(pipe: Any) -> str:
@@ -182,64 +198,3 @@ def _scale_name(pipe: Any) -> str:
             f"{type(pipe).__name__} without: there is no second pass to save"
         )
     return scale
-
-
-def _check_config(config: Core2Config, networks: list[Network]) -> None:
-    defaults = type(config)()
-    given = {item.name: getattr(config, item.name) for item in fields(config)}
-    for name, value in given.items():
-        known = value in _MODES if name == "mode" else name in _OPTIONS
-        if not known and value != getattr(defaults, name):
-            own = _OWN_PIPELINES.get(networks[0].family)
-            raise ValueError(
-                f"a config must act on guidance alone, got {name}={value!r}, which needs the "
-                "latents and the scheduler too, as Z-Sampling does: use "
-                + (own or f"a model of {', '.join(_OWN_PIPELINES.values())}")
-            )
-    if config.guidance_scales is not None and len(networks) > 1:
-        raise ValueError(
-            "guidance_scales must be left out for a pipeline of two networks, which have a scale "
-            f"each, got {config.guidance_scales}"
-        )
-
-
-def _find_head(head: WeakHead | str | Path | None, network: Network) -> WeakHead | None:
-    if head is None or isinstance(head, WeakHead):
-        return head
-    if not isinstance(head, str | Path):
-        raise TypeError(f"head must be a weak head, its folder or a name, got {head!r}")
-    if head in UNTRAINED:
-        return HEADS.get(str(head)).for_denoiser(network)  # type: ignore[arg-type]
-    if head in HEADS.names():
-        raise ValueError(
-            f"a head must be given by its folder where it has to be trained, got {head!r}: by name "
-            f"there are {', '.join(UNTRAINED)}"
-        )
-    return load_head(head, network.family)
-
-
-def _check_head(head: WeakHead | None, config: Core2Config, networks: list[Network]) -> None:
-    """Refuse what could not run, whatever the number of steps."""
-    if head is None:
-        if config.mode == "core":
-            raise ValueError(
-                "mode 'core' needs a weak head, got none: pass head=, or use "
-                "core2=Core2Config(mode='cfg')"
-            )
-        return
-    network = networks[0]
-    head.check_family(network.family)
-    head.check_latents(network.latent_channels)
-    if head.needs_negative is not None:
-        raise ValueError(
-            "a head must not read the negative prompt ahead of the steps, got a released "
-            f"{type(head).__name__}: use {_OWN_PIPELINES[network.family]}"
-        )
-    if (head.in_model or head.needs_features) and network.denoiser is None:
-        raise ValueError(
-            f"a head must work on outputs alone for {network.family}, which has no adapter of "
-            f"ours, got {type(head).__name__}: use last_gap, cond or affine"
-        )
-    if head.in_model:
-        with head.attached(network.module):
-            pass

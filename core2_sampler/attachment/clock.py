@@ -43,14 +43,21 @@ def noise_levels(scheduler: Any) -> Tensor:
     return scheduler.sigmas.double().cpu()[: len(scheduler.timesteps)]
 
 
-def first_step(scheduler: Any, call: Call) -> int:
+def first_step(scheduler: Any, call: Call, steps: int | None) -> int:
     """Return which of the scheduler's timesteps a loop starts at: not the first for image-to-image.
 
     Schedulers without a begin index belong to networks that are given the timestep as it is.
+
+    Args:
+        scheduler: with its timesteps set.
+        call: the loop's first pass.
+        steps: how many steps the loop has announced; tells which one of equal timesteps it is.
     """
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return begin
     given = torch.as_tensor(call.kwargs["timestep"] if "timestep" in call.kwargs else call.args[1])
     same = scheduler.timesteps.cpu() == given.flatten()[0].cpu()
-    return int(same.nonzero()[0]) if bool(same.any()) else 0
+    found = same.nonzero().flatten().tolist()
+    to_the_end = [i for i in found if i + (steps or 0) == len(same)]
+    return (to_the_end or found or [0])[0]

@@ -63,8 +63,8 @@ _COMPONENTS = ("unet", "transformer", "transformer_2")
 
 _SAMPLE_NAMES = ("hidden_states", "sample", "x")
 
-_SHARED = {"image_rotary_emb"}
-"""Arguments whose first dimension is not that of the samples."""
+_SHARED = {"image_rotary_emb", "ip_adapter_masks"}
+"""Arguments, also inside others, whose first dimension is not that of the samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,11 @@ class Network:
         def value(x: Any) -> Any:
             if self.layout.lists and isinstance(x, list) and len(x) == 2 * batch:
                 return x[start : start + batch]
+            if isinstance(x, Mapping):
+                return {k: v if k in _SHARED else value(v) for k, v in x.items()}
             return map_tensors(side, x)
 
-        return Call(
-            tuple(value(x) for x in call.args),
-            {name: x if name in _SHARED else value(x) for name, x in call.kwargs.items()},
-        )
+        return Call(tuple(value(x) for x in call.args), value(call.kwargs))
 
     def prediction(self, output: Any) -> Tensor:
         """Return the prediction inside what the network returned, [R, ...]."""
@@ -171,6 +170,8 @@ class Network:
             x = wide(x) * (1 + sigma**2) ** 0.5
         if self._is_v():
             ours = eps_from_v(ours, x, levels[:, None, None, None])
+        if features is not None and self.family == "flux":  # after it may come another image
+            features = features[:, : self._image(call)[0]]
         nothing = cond.new_zeros(len(cond), 0)
         embeds = call.kwargs.get("encoder_hidden_states")
         pooled = (call.kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
@@ -239,18 +240,27 @@ def find_networks(pipe: Any) -> list[Network]:
     Raises:
         ValueError: it has none, or one whose loop is not known.
     """
-    found = [unwrap_module(m) for n in _COMPONENTS if (m := getattr(pipe, n, None)) is not None]
-    names = [type(module).__name__ for module in found]
-    if not found or any(name not in LAYOUTS for name in names):
-        raise ValueError(
-            f"attach knows pipelines around {', '.join(LAYOUTS)}, got "
-            f"{', '.join(names) or 'none'} in {type(pipe).__name__}"
-        )
-    return [_network(pipe, module) for module in found]
+    found = [module for n in _COMPONENTS if (module := getattr(pipe, n, None)) is not None]
+    if not found:
+        raise ValueError(f"pipe must have a denoiser, got {type(pipe).__name__} without")
+    return [network_of(pipe, module) for module in found]
 
 
-def _network(pipe: Any, module: Any) -> Network:
-    name, config = type(module).__name__, module.config
+def network_of(pipe: Any, module: nn.Module) -> Network:
+    """Return a denoiser as the loops of diffusers call it.
+
+    Args:
+        pipe: of which it is the ``unet`` or ``transformer``; tells its family the scheduler.
+        module: the denoiser, or what ``torch.compile`` has made of it.
+
+    Raises:
+        ValueError: its loop is not known.
+    """
+    module = unwrap_module(module)
+    name = type(module).__name__
+    if name not in LAYOUTS:
+        raise ValueError(f"the denoiser must be one of {', '.join(LAYOUTS)}, got {name}")
+    config: Any = module.config
     layout, family = LAYOUTS[name], _family(module)
     channels = config.in_channels
     if family == "flux":

@@ -5,7 +5,9 @@ Truth: our own pipelines for what a head is shown, the stock classes for everyth
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import diffusers
 import pytest
@@ -19,8 +21,9 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 
 from core2_sampler import attach, attached, detach, testing
-from core2_sampler.attachment.networks import find_networks
+from core2_sampler.attachment.networks import Call, find_networks
 from core2_sampler.plan import Core2Config
+from core2_sampler.scales import CallableScale
 from core2_sampler.testing_more import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
@@ -28,6 +31,7 @@ from core2_sampler.weak_heads.controls import AffineHead, CondHead, LastGapHead
 from core2_sampler.weak_heads.tap import TapHead
 
 CFG = Core2Config(mode="cfg")
+SEES_LATENTS = CallableScale(lambda pair: pair.x[:, 0, 0, 0])
 SDXL, SD3, FLUX = (
     STOCK[f"{name}Pipeline"] for name in ("StableDiffusionXL", "StableDiffusion3", "Flux")
 )
@@ -98,8 +102,10 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("family", ["sdxl", "sdxl v", "sd3", "flux"])
+EACH = [(family, kind) for family in ("sdxl", "sd3", "flux") for kind in HEADS]
+
+
+@pytest.mark.parametrize(("family", "kind"), [*EACH, ("sdxl v", "affine"), ("sdxl v", "last_gap")])
 def test_a_head_guides_as_in_our_own_pipeline(family, kind):
     name = family.split()[0]
     options = {"prediction_type": "v_prediction"} if family == "sdxl v" else {}
@@ -120,15 +126,16 @@ def test_a_head_guides_as_in_our_own_pipeline(family, kind):
     assert far(wanted, unguided)
 
 
-@pytest.mark.parametrize("name", ["Img2Img", "Inpaint", "ControlNet"])
-@pytest.mark.parametrize("family", ["StableDiffusionXL", "StableDiffusion3", "Flux"])
-def test_a_head_that_reads_features_works_for_the_other_tasks(family, name):
-    stock = STOCK[f"{family}{name}Pipeline"]
+PREFIXES = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
+TASKS = [(family, task) for family in PREFIXES for task in ("Img2Img", "Inpaint", "ControlNet")]
+
+
+@pytest.mark.parametrize(("family", "task"), [*TASKS, ("flux", "Kontext")])
+def test_a_head_that_reads_features_works_for_the_other_tasks(family, task):
+    stock = STOCK[f"{PREFIXES[family]}{task}Pipeline"]
     pipe = stock.pipe()
     network = find_networks(pipe)[0]
-    assert network.family == {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3"}.get(
-        family, "flux"
-    )
+    assert network.family == family
     head = trained(TapHead.for_denoiser(network.denoiser))
     with attached(pipe, head=head, core2="fast"):
         guided = stock.sample(pipe)
@@ -186,7 +193,7 @@ def test_two_networks_in_turn():
     head, wanted = perfect(stock, pipe, guidance_scale_2=2.0)
     with attached(pipe, head=head, core2="fast"):
         close(stock.sample(pipe, guidance_scale_2=2.0), wanted)
-    with pytest.raises(ValueError, match="guidance_scales must be left out"):
+    with pytest.raises(ValueError, match="guidance_scales and scale_rule must be left out"):
         attach(pipe, core2=Core2Config(mode="cfg", guidance_scales=(2.0,) * 3))
 
 
@@ -287,6 +294,41 @@ def test_a_network_that_another_pipeline_shares_is_left_to_it():
     )
 
 
+def test_the_class_of_an_attached_pipeline_makes_stock_ones():
+    pipe = SDXL.pipe()
+    wanted = SDXL.sample(pipe)
+    attach(pipe, head="cond", core2="fast")
+    for other in (
+        type(pipe)(**pipe.components, add_watermarker=False),
+        type(pipe).from_pipe(pipe),
+    ):
+        assert type(other) is diffusers.StableDiffusionXLPipeline
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(SDXL.sample(other), wanted)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_copies_of_an_attached_pipeline_are_attached(clone):
+    pipe = attach(SD3.pipe(), head="cond", core2="fast")
+    other = clone(pipe)
+    other.set_progress_bar_config(disable=True)
+    wanted = SD3.sample(pipe)
+    assert torch.equal(SD3.sample(other), wanted) and other.core2_plan == pipe.core2_plan
+    assert torch.equal(SD3.sample(detach(other)), SD3.sample(SD3.pipe()))
+    assert torch.equal(SD3.sample(pipe), wanted)
+
+
+def test_a_call_inside_the_call_of_another_is_refused():
+    pipe = SDXL.pipe()
+    other = diffusers.StableDiffusionXLPipeline(**pipe.components, add_watermarker=False)
+    attach(pipe, head="cond", core2="fast")
+    attach(other, head="cond", core2="fast")
+    wanted = SDXL.sample(pipe)
+    with pytest.raises(ValueError, match="in one attached call at a time"):
+        SDXL.sample(pipe, callback_on_step_end=lambda *_: SDXL.sample(other))
+    assert torch.equal(SDXL.sample(pipe), wanted)
+
+
 def test_saving_an_attached_pipeline_saves_the_stock_one(tmp_path):
     pipe = SDXL.pipe()
     wanted = SDXL.sample(pipe)
@@ -308,6 +350,37 @@ def test_a_head_may_be_given_by_its_folder(tmp_path):
         assert torch.equal(SDXL.sample(pipe), wanted)
 
 
+@pytest.mark.parametrize("strength", [0.5, 0.75])
+def test_the_head_hears_the_noise_levels_of_a_loop_that_starts_late(strength):
+    """PNDM makes its second timestep twice: a loop may start at either. Truth: its own table."""
+    stock = STOCK["StableDiffusionImg2ImgPipeline"]
+    pipe, made = stock.pipe(), []
+    pipe.scheduler = diffusers.PNDMScheduler(**testing.SDXL_SCHEDULER, skip_prk_steps=True)
+
+    def note(pipe, i, t, tensors):
+        made.append(int(t))
+        return tensors
+
+    class Hears(Given):
+        def forward(self, cond, *, sigma, **others):
+            self.seen.append(float(sigma[0]))
+            return torch.zeros_like(cond)
+
+    head = Hears.for_denoiser(find_networks(pipe)[0])
+    with attached(pipe, head=head, core2="fast"):
+        stock.sample(pipe, num_inference_steps=8, strength=strength, callback_on_step_end=note)
+    kept = pipe.scheduler.alphas_cumprod[made].double()
+    torch.testing.assert_close(torch.tensor(head.seen).double(), ((1 - kept) / kept).sqrt())
+
+
+def test_masks_of_an_ip_adapter_are_not_rows():
+    masks = torch.ones(2, 1, 8, 8)  # of two adapters, for one image
+    call = Call((torch.zeros(2, 4, 8, 8),), {"cross_attention_kwargs": {"ip_adapter_masks": masks}})
+    prompt = find_networks(SDXL.pipe())[0].rows(call, 1, prompt=True)
+    assert prompt.args[0].shape[0] == 1
+    assert prompt.kwargs["cross_attention_kwargs"]["ip_adapter_masks"] is masks
+
+
 def test_a_loop_that_never_asks_for_uncond_is_left_alone_and_said_so(caplog):
     pipe = testing.tiny_sdxl_pipeline(time_cond_proj_dim=8)
     parts = {k: v for k, v in pipe.components.items() if k != "weak_head"}
@@ -319,8 +392,25 @@ def test_a_loop_that_never_asks_for_uncond_is_left_alone_and_said_so(caplog):
     assert "core2 had no effect" in caplog.text
     embedded = STOCK["FluxPipeline"].pipe()
     wanted = FLUX.sample(embedded, negative_prompt=None)
-    with attached(embedded, head="cond", core2="fast"):
+    with attached(embedded, head="cond", core2="fast"), caplog.at_level(logging.WARNING):
         assert torch.equal(FLUX.sample(embedded, negative_prompt=None), wanted)
+    assert "pass negative_prompt=''" in caplog.text
+
+
+@pytest.mark.parametrize("own", [{"guidance_scales": (4.0,) * 3}, {"scale_rule": "constant:4"}])
+def test_scales_of_its_own_are_not_dropped_where_the_loop_has_no_guidance(own):
+    config = Core2Config(mode="cfg", **own)
+    pipe = SDXL.pipe()
+    with attached(pipe, core2=config):
+        close(SDXL.sample(pipe, 7.0), SDXL.sample(SDXL.pipe(), 4.0))
+        with pytest.raises(ValueError, match=r"guidance_scale must turn guidance on, got 1\.0"):
+            SDXL.sample(pipe, 1.0)
+    flux = FLUX.pipe()
+    with (
+        attached(flux, core2=config),
+        pytest.raises(ValueError, match="negative prompt must be given"),
+    ):
+        FLUX.sample(flux, negative_prompt=None)
 
 
 # Caches -------------------------------------------------------------------------------------------
@@ -373,6 +463,14 @@ def test_what_cannot_be_attached_is_refused_and_changes_nothing():
         ({"core2": "fast", "head": "/nowhere"}, "not there"),
         ({"core2": Core2Config(mode="zigzag")}, "CoRe2StableDiffusionXLPipeline"),
         ({"core2": Core2Config(mode="zfast"), "head": "cond"}, "Z-Sampling"),
+        (
+            {
+                "core2": Core2Config(
+                    mode="cfg", scale_rule=CallableScale(lambda pair: pair.x[:, 0, 0, 0])
+                )
+            },
+            "got scale_rule=",
+        ),
     ):
         with pytest.raises(ValueError, match=error):
             attach(sdxl, **options)

@@ -1,0 +1,166 @@
+"""What a loop of classifier-free guidance is told in the place of what its network says.
+
+The loop keeps its own line, ``uncond + scale * (cond - uncond)``, and all that follows it. It
+always gets the true cond; in the place of uncond it gets ``cond - gap`` with the gap of the step's
+kind: the head's (fast), ``weak_to_strong`` of the head's and the true one (slow), the true one
+(CFG), none (cond). Guidance is linear in the gap, so this is the same `d` that our own loops make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from core2_sampler.attachment.networks import Call, Network
+from core2_sampler.guidance import weak, weak_to_strong
+from core2_sampler.plan import Core2Config
+from core2_sampler.precision import wide
+from core2_sampler.steps import Step
+from core2_sampler.weak_heads.base import WeakHead
+
+Forward = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class _PromptPass:
+    """The pass of the prompt: what the answer to that of the negative prompt needs."""
+
+    call: Call
+    output: Any
+    cond: Tensor
+    features: Tensor | None
+    guess: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Answers:
+    """Answers the passes of a run, step by step.
+
+    Attributes:
+        head: the weak head; one inside the denoiser is attached by the caller.
+        scale: the guidance scale that the loop applies to a network, in our convention, as it is
+            now.
+        own_scales: whether a step's scale is that of the plan, not the loop's.
+        step: of the plan.
+        sigma: noise level of the step.
+        guided: whether the loop has asked for guidance at all.
+    """
+
+    head: WeakHead | None
+    scale: Callable[[Network], float]
+    own_scales: bool
+    step: Step = Step("cond")
+    sigma: float = 0.0
+    guided: bool = False
+    _first: _PromptPass | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next pass of the step is that of the negative prompt."""
+        return self._first is not None
+
+    def go_on(self) -> None:
+        """Leave a step behind."""
+        self._first = None
+
+    def pair(self, network: Network, forward: Forward, call: Call, batch: int) -> Any:
+        """Answer one pass of both prompts; run the prompt's rows alone where that is enough.
+
+        Args:
+            network: that is asked.
+            forward: runs it.
+            call: the loop's arguments, 2B rows.
+            batch: B.
+        """
+        self.guided = True
+        prompt = network.rows(call, batch, prompt=True)
+        run = call if self.step.kind in ("cfg", "slow") else prompt
+        with self._active(network), network.capture(self.head) as read:
+            output = forward(*run.args, **run.kwargs)
+        features = read()
+        if run is prompt:
+            cond = network.prediction(output)
+            first = _PromptPass(prompt, output, cond, features)
+            return network.join(output, cond, self._without_negative(network, first))
+        cond, uncond = network.split(network.prediction(output))
+        features = None if features is None else network.split(features)[0]
+        first = _PromptPass(prompt, output, cond, features)
+        first.guess = self._in_model_guess(network, forward, first)
+        told = self._with_negative(network, first, uncond)
+        return output if told is uncond else network.join(output, cond, told)
+
+    def prompt(self, network: Network, forward: Forward, call: Call) -> Any:
+        """Answer the first of a step's two passes: cond, whatever the kind."""
+        with self._active(network), network.capture(self.head) as read:
+            output = forward(*call.args, **call.kwargs)
+        first = _PromptPass(call, output, network.prediction(output), read())
+        # Now, because a loop may change its arguments in place before the second pass.
+        first.guess = self._in_model_guess(network, forward, first)
+        self._first = first
+        return output
+
+    def negative(self, network: Network, forward: Forward, call: Call) -> Any:
+        """Answer the second of a step's two passes; run it only where it is needed."""
+        first, self._first, self.guided = cast(_PromptPass, self._first), None, True
+        if self.step.kind in ("cfg", "slow"):
+            output = forward(*call.args, **call.kwargs)
+            told = self._with_negative(network, first, network.prediction(output))
+            return network.replace(output, told)
+        return network.replace(first.output, self._without_negative(network, first))
+
+    def _without_negative(self, network: Network, first: _PromptPass) -> Tensor:
+        """Return what the loop is told in the place of uncond by a step that does not run it."""
+        if self.step.kind == "cond" or cast(WeakHead, self.head).in_model:
+            return first.cond  # of an in-model head that is the guided d already
+        return weak(first.cond, self._gap(network, first), 1 - self._share(network))
+
+    def _with_negative(self, network: Network, first: _PromptPass, uncond: Tensor) -> Tensor:
+        """Return what the loop is told in the place of a true uncond."""
+        gap, share = wide(first.cond) - wide(uncond), self._share(network)
+        true = gap
+        if self.step.kind == "slow":
+            guess = self._gap(network, first) if first.guess is None else first.guess
+            gap = weak_to_strong(guess, gap, self.step.w2s_scale)
+        if self.head is not None and not self.head.in_model:
+            self.head.observe(network.true_gap(true, first.call, self.sigma))
+        if self.step.kind == "cfg" and share == 1:
+            return uncond
+        return weak(first.cond, gap, 1 - share)
+
+    def _gap(self, network: Network, first: _PromptPass) -> Tensor:
+        head = cast(WeakHead, self.head)
+        return network.predict_gap(head, first.cond, first.call, self.sigma, first.features)
+
+    def _in_model_guess(
+        self, network: Network, forward: Forward, first: _PromptPass
+    ) -> Tensor | None:
+        """Return the gap that an in-model head means in a slow step, by a pass of its own."""
+        if self.step.kind != "slow" or not cast(WeakHead, self.head).in_model:
+            return None
+        scale = self._scale_of(network)
+        with cast(Any, self.head).active(scale):
+            output = forward(*first.call.args, **first.call.kwargs)
+        return (wide(network.prediction(output)) - wide(first.cond)) / (scale - 1)
+
+    def _active(self, network: Network) -> AbstractContextManager[None]:
+        if self.step.kind != "fast" or not cast(WeakHead, self.head).in_model:
+            return nullcontext()
+        return cast(Any, self.head).active(self._scale_of(network))
+
+    def _scale_of(self, network: Network) -> float:
+        return self.step.guidance_scale if self.own_scales else self.scale(network)
+
+    def _share(self, network: Network) -> float:
+        """Return by how much to stretch a gap, so that the loop's scale acts as the step's."""
+        if not self.own_scales:
+            return 1.0
+        return (self.step.guidance_scale - 1) / (self.scale(network) - 1)
+
+
+def has_own_scales(config: Core2Config) -> bool:
+    """Say whether a config tells the guidance scale of each step, in place of the loop."""
+    return config.guidance_scales is not None or config.scale_rule is not None

@@ -1,0 +1,98 @@
+"""What can be attached: configs that act on guidance alone, heads that fit the network."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from core2_sampler.attachment.networks import Network
+from core2_sampler.plan import Core2Config
+from core2_sampler.weak_heads import HEADS, load_head
+from core2_sampler.weak_heads.base import WeakHead
+
+UNTRAINED = ("cond", "last_gap")
+"""The heads that may be named, because there is nothing to train in them."""
+
+_MODES = ("cond", "cfg", "core")
+_OPTIONS = ("slow_steps", "w2s_scale", "guidance_scales", "scale_rule")
+"""The modes and options of a config that act on guidance alone."""
+
+_OWN_PIPELINES = {
+    "sdxl": "CoRe2StableDiffusionXLPipeline",
+    "sd3": "CoRe2StableDiffusion3Pipeline",
+    "flux": "CoRe2FluxPipeline",
+}
+
+
+def check_config(config: Core2Config, family: str | None = None) -> None:
+    """Raise ValueError for a config that asks for more than another guidance.
+
+    Args:
+        config: how to spend the passes.
+        family: of the network, if it is known.
+    """
+    defaults = type(config)()
+    given = {item.name: getattr(config, item.name) for item in fields(config)}
+    wrong = {
+        name: value
+        for name, value in given.items()
+        if (value not in _MODES if name == "mode" else name not in _OPTIONS)
+        and value != getattr(defaults, name)
+    }
+    if config.sample_rule is not None:
+        wrong["scale_rule"] = config.scale_rule
+    if wrong:
+        name, value = next(iter(wrong.items()))
+        own = _OWN_PIPELINES.get(family or "")
+        raise ValueError(
+            f"a config must act on guidance alone, got {name}={value!r}, which needs the "
+            "latents and the scheduler too, as Z-Sampling does: use "
+            + (own or f"a model of {', '.join(_OWN_PIPELINES.values())}")
+        )
+
+
+def find_head(head: WeakHead | str | Path | None, network: Network) -> WeakHead | None:
+    """Return a head that is given as itself, by its folder or by name.
+
+    Raises:
+        ValueError: the folder holds none for this network, or the name is not of `UNTRAINED`.
+        TypeError: it is given as something else.
+    """
+    if head is None or isinstance(head, WeakHead):
+        return head
+    if not isinstance(head, str | Path):
+        raise TypeError(f"head must be a weak head, its folder or a name, got {head!r}")
+    if head in UNTRAINED:
+        return HEADS.get(str(head)).for_denoiser(network)  # type: ignore[arg-type]
+    if head in HEADS.names():
+        raise ValueError(
+            f"a head must be given by its folder where it has to be trained, got {head!r}: by name "
+            f"there are {', '.join(UNTRAINED)}"
+        )
+    return load_head(head, network.family)
+
+
+def check_head(head: WeakHead | None, config: Core2Config, network: Network) -> None:
+    """Raise ValueError for a head that could not run, whatever the number of steps."""
+    if head is None:
+        if config.mode == "core":
+            raise ValueError(
+                "mode 'core' needs a weak head, got none: pass head=, or use "
+                "core2=Core2Config(mode='cfg')"
+            )
+        return
+    head.check_family(network.family)
+    head.check_latents(network.latent_channels)
+    if head.needs_negative is not None:
+        raise ValueError(
+            "a head must not read the negative prompt ahead of the steps, got a released "
+            f"{type(head).__name__}: use {_OWN_PIPELINES[network.family]}"
+        )
+    if (head.in_model or head.needs_features) and network.denoiser is None:
+        raise ValueError(
+            f"a head must work on outputs alone for {network.family}, which has no adapter of "
+            f"ours, got {type(head).__name__}: use last_gap, cond or affine"
+        )
+    if head.in_model:
+        with head.attached(network.module):
+            pass

@@ -22,6 +22,7 @@ from core2_sampler.benchmarks.options import (
     SweepConfig,
     command_line,
 )
+from core2_sampler.benchmarks.speed import SpeedConfig, bench_speed
 from core2_sampler.config import ConfigError
 from core2_sampler.model_files import ModelFiles, find_model
 
@@ -106,6 +107,7 @@ COMMANDS: dict[str, tuple[type[Any], Any]] = {
     "shapes": (ShapesConfig, bench_shapes),
     "sweep": (SweepConfig, bench_sweep),
     "knee": (KneeConfig, bench_knee),
+    "speed": (SpeedConfig, bench_speed),
 }
 """Name of each command, the dataclass of its options, and the function that takes it."""
 

@@ -12,6 +12,8 @@ import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
+from core2_sampler.fused.run import can_run
+from core2_sampler.fused.sampler import Model
 from core2_sampler.guidance import (
     Adjust,
     Prompts,
@@ -182,14 +184,20 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         predict = pipe._core2_observer(run, denoiser, predict)
     if head is not None:
         head.begin(schedule.sigmas[: len(run.plan)].tolist(), run.empty or run.prompts()[1])
-    attached: Any = head.attached(denoiser.module) if head and head.in_model else nullcontext()
+    fused = _may_fuse(pipe, run)
+    attached: Any = nullcontext()
+    if head and head.in_model and not fused:
+        attached = head.attached(denoiser.module)
     with attached, pipe.progress_bar(total=schedule.num_steps) as bar:
 
         def on_step(i: int, latents: Tensor) -> Tensor:
             return _after_step(pipe, run, bar, i, latents)
 
         try:
-            latents = _solve(pipe, run, predict, on_step)
+            if fused:
+                latents = _solve_fused(pipe, run, denoiser, head, on_step)
+            else:
+                latents = _solve(pipe, run, predict, on_step)
         except _Interrupted as stopped:
             latents = stopped.latents
     pipe._current_timestep = None
@@ -253,6 +261,55 @@ def _solve(pipe: Any, run: Run, predict: Predict, on_step: OnStep) -> Tensor:
         )
     x = schedule.from_pipeline(run.latents, 0)
     x = schedule.solver(predict, x, schedule.sigmas, on_step=schedule.around(on_step))
+    return schedule.to_pipeline(x, len(run.plan))
+
+
+def _may_fuse(pipe: Any, run: Run) -> bool:
+    """Say whether hot steps can make the run: nothing edits, guides or watches it in between."""
+    return (
+        pipe._core2_fused is not None
+        and pipe._core2_observer is None
+        and run.call.callback_on_step_end is None
+        and not getattr(pipe, "guidance_rescale", 0.0) > 0  # the one thing that `adjust` does
+        and run.rule is None
+        and can_run(run.plan, run.schedule.solver)
+    )
+
+
+def _solve_fused(
+    pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None, on_step: OnStep
+) -> Tensor:
+    """Return the final latents of a run of hot steps."""
+    schedule, (cond, uncond) = run.schedule, run.prompts()
+    scaled = denoiser.family == "sdxl"  # it scales x before it casts
+    model = Model(
+        denoiser,
+        head,
+        input_dtype=torch.float32 if scaled else cond.prompt_embeds.dtype,
+        observes=head is not None and head.observes,
+        static_head=head is None or head.static_state,
+    )
+
+    def after(i: int, x: Tensor) -> None:
+        if i + 1 < len(run.plan):
+            pipe._current_timestep = schedule.timesteps[i + 1]  # some caches ask for it
+        try:
+            on_step(i, x)
+        except _Interrupted:
+            latents = schedule.to_pipeline(x, i + 1).to(run.latents.dtype, copy=True)
+            raise _Interrupted(latents) from None
+
+    pipe._current_timestep = schedule.timesteps[0]
+    x = pipe._core2_fused(
+        model,
+        schedule.from_pipeline(run.latents, 0),
+        schedule.sigmas,
+        run.plan,
+        cond,
+        uncond if run.plan.needs_uncond else None,
+        solver=schedule.solver,
+        on_step=after,
+    )
     return schedule.to_pipeline(x, len(run.plan))
 
 

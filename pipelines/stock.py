@@ -15,6 +15,9 @@ from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
+from core2_sampler.fused.compiling import How, compile_network
+from core2_sampler.fused.graphs import Graphs
+from core2_sampler.fused.sampler import FusedSampler
 from core2_sampler.pipelines.adapters.base import Family
 from core2_sampler.pipelines.loop import Observer, run_loop
 from core2_sampler.plan import Core2Config, Plan
@@ -136,6 +139,7 @@ class CoRe2Mixin:
     _core2_plan: Plan | None = None
     _core2_schedule: Tensor | None = None
     _core2_observer: Observer | None = None
+    _core2_fused: FusedSampler | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a family's class known to diffusers; a class derived from one is not asked for."""
@@ -156,6 +160,28 @@ class CoRe2Mixin:
         without a rule that sees the latents, and where no step asked.
         """
         return self._core2_schedule
+
+    def core2_compile(self, graphs: bool = True, compile: How | None = "regional") -> None:
+        """Run calls with `core2` by hot steps from now on, the latents in float32 between them.
+
+        Calls with a callback, a scale rule, ``guidance_rescale``, zigzag steps or a scheduler
+        without a closed form run as before.
+
+        Args:
+            graphs: also capture each kind of step as a CUDA graph, on a GPU.
+            compile: also compile the denoiser in place, ``regional`` or ``full``, and an output
+                head that keeps no state; None does not.
+
+        Raises:
+            ValueError: unknown `compile`.
+        """
+        pipe: Any = self
+        if compile is not None:
+            compile_network(self._denoiser().module, compile)
+            head = pipe.weak_head
+            if head is not None and not head.in_model and head.static_state:
+                head.compile(fullgraph=True)
+        self._core2_fused = FusedSampler(Graphs() if graphs else None)
 
     def _forget(self) -> None:
         """Forget what is told of the latest call."""

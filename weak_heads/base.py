@@ -54,6 +54,17 @@ class WeakHead(ModelMixin, ConfigMixin):
         return {"family": denoiser.family, "latent_channels": denoiser.latent_channels}
 
     @property
+    def observes(self) -> bool:
+        """Whether it wants to see the true gaps of slow steps."""
+        return type(self).observe is not WeakHead.observe
+
+    @property
+    def static_state(self) -> bool:
+        """Whether a CUDA graph may hold it: it keeps nothing between steps, or in place."""
+        own, none = type(self), WeakHead
+        return (own.begin, own.reset, own.observe) == (none.begin, none.reset, none.observe)
+
+    @property
     def needs_negative(self) -> Literal["call", "empty"] | None:
         """The negative prompt that `begin` must give: the call's own, or the empty one always.
 

@@ -1,0 +1,41 @@
+"""torch.compile for a denoiser's network, in place: the module and its class stay what they are."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
+
+from torch import nn
+
+from core2_sampler.registry import unknown_name
+
+How = Literal["regional", "full"]
+
+_BLOCKS = {"SD3Transformer2DModel": ["JointTransformerBlock"]}
+"""Repeated blocks of networks whose class does not name them."""
+
+_WHOLE = ("UNet2DConditionModel",)
+"""Networks that ``regional`` compiles whole: their repeated blocks are a small part of them."""
+
+
+def compile_network(module: nn.Module, how: How, **options: Any) -> None:
+    """Compile a diffusers network in place.
+
+    Args:
+        module: the network.
+        how: ``regional`` compiles each repeated block once, ``full`` the whole network.
+        **options: of ``torch.compile``; ``fullgraph`` is True unless it is given.
+
+    Raises:
+        ValueError: unknown `how`, or a network that names no repeated blocks.
+    """
+    if how not in get_args(How):
+        raise unknown_name("way to compile", how, get_args(How))
+    options = {"fullgraph": True, **options}
+    name = type(module).__name__
+    if how == "full" or name in _WHOLE:
+        module.compile(**options)
+        return
+    network = cast(Any, module)
+    if name in _BLOCKS and not network._repeated_blocks:
+        network._repeated_blocks = _BLOCKS[name]  # of this instance
+    network.compile_repeated_blocks(**options)

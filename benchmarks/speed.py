@@ -65,8 +65,7 @@ class SpeedConfig:
 def bench_speed(config: SpeedConfig) -> None:
     """Time ways of sampling against CFG in the same stack; random heads, so only their speed.
 
-    Raises:
-        SystemExit: with status 1, once all is written, where something makes the timings void.
+    Exits with 1, once all is written, where something makes the timings void.
     """
     bench = open_bench(config)
     from core2_sampler.benchmarks.report import provenance

@@ -222,9 +222,11 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
     loaded from is nobody else's business.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+    tokenizers = folder.glob("*/tokenizer_config.json")
+    for path in [folder / "model_index.json", *folder.glob("*/config.json"), *tokenizers]:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
+        for name in ("_name_or_path", "is_local", "local_files_only"):
+            config.pop(name, None)
         if "dtype" in config:
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """Training of the Shapes networks: batches, text encoding, and the chain of parts."""
 
+import json
+
 import pytest
 import torch
 from diffusers import (
@@ -40,6 +42,9 @@ def test_the_parts_are_a_stock_pipeline(parts):
     pipe.set_progress_bar_config(disable=True)
     out = pipe(TEXTS[0], num_inference_steps=1, max_sequence_length=MAX_TOKENS, output_type="pt")
     assert out.images.shape == (1, 3, 64, 64)
+    for path in (parts / "sd3").rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert not config.keys() & {"_name_or_path", "is_local"}, path
 
 
 @pytest.mark.parametrize("family", RECIPES)

@@ -19,13 +19,15 @@ Mode = Literal["cond", "cfg", "core", "zigzag", "zcore", "zfast"]
 _ZIG_KINDS: dict[str, Kind] = {"zigzag": "cfg", "zcore": "cfg", "zfast": "fast"}
 """The modes of zigzag steps, and how each makes a step there and there again."""
 
-_MODES_OF: dict[str, tuple[str, ...]] = {
+OPTION_MODES: dict[str, tuple[str, ...]] = {
     "slow_steps": ("core",),
+    "w2s_scale": ("core",),
+    "scale_rule": tuple(mode for mode in get_args(Mode) if mode != "cond"),
     "zig_steps": tuple(_ZIG_KINDS),
     "inversion_scale": tuple(_ZIG_KINDS),
     "upstream": ("zigzag", "zcore"),
 }
-"""The modes that an option belongs to."""
+"""The modes that an option of `Core2Config` belongs to."""
 
 
 def make_plan(
@@ -103,10 +105,11 @@ def _check_options(mode: str, **options: Any) -> None:
     if mode not in get_args(Mode):
         raise unknown_name("mode", mode, get_args(Mode))
     for name, value in options.items():
-        if value is not None and mode not in _MODES_OF[name]:
+        modes = OPTION_MODES[name]
+        if value is not None and mode not in modes:
             raise ValueError(
-                f"{name} belongs to mode {' or '.join(map(repr, _MODES_OF[name]))}, got {value!r} "
-                f"with mode {mode!r}; leave it out"
+                f"{name} belongs to mode {' or '.join(map(repr, modes))}, got {value!r} with mode "
+                f"{mode!r}; leave it out"
             )
 
 

@@ -117,18 +117,29 @@ class TrajectoryStore:
                 found[record.key] = record
         return found
 
+    def shard(self, name: str) -> dict[str, Tensor]:
+        """Return the rows of a unit that ``entries`` names."""
+        return load_file(self._shard(name))
+
+    def _settings(self, round: int) -> Path:
+        return self.root / "rounds" / f"{round:03d}.json"
+
+    def settings(self, round: int) -> dict[str, Any]:
+        """Return what ``pin_settings`` fixed for a round that has records."""
+        return json.loads(self._settings(round).read_text())
+
     def pin_settings(self, round: int, settings: Mapping[str, Any]) -> None:
         """Fix the settings that all records of a round share, or check them where they are fixed.
 
         Raises:
             ValueError: if the round was collected with other settings.
         """
-        path = self.root / "rounds" / f"{round:03d}.json"
+        path = self._settings(round)
         wanted = json.loads(json.dumps(settings))
         if not path.exists():
             write_atomic(path, json.dumps(wanted, indent=1).encode(), self.writer)
             return
-        pinned = json.loads(path.read_text())
+        pinned = self.settings(round)
         changed = [key for key in {*pinned, *wanted} if pinned.get(key) != wanted.get(key)]
         if changed:
             key = sorted(changed)[0]
@@ -201,7 +212,7 @@ class TrajectoryStore:
         for name, entry in self.entries():
             records = [Record(**item) for item in entry["records"]]
             wanted = torch.tensor([select(record.prompt_id) for record in records])
-            tensors = load_file(self._shard(name))
+            tensors = self.shard(name)
             index = wanted[tensors["record"].long()].nonzero().flatten()
             places.append(torch.stack([torch.full_like(index, len(shards)), index], 1))
             sigmas.append(tensors["sigma"][index])

@@ -167,11 +167,6 @@ class Run:
         self.plan = plan
 
     def _check_plan(self, plan: Plan, module: nn.Module) -> None:
-        if plan.zigs:
-            raise ValueError(
-                "zigzag steps need one of our pipelines (CoRe2Pipeline), got an attached one: use "
-                "another mode"
-            )
         check_no_faster_cache(module)
         check_cache(module, plan)
         kinds = {step.kind for step in plan.steps}

@@ -14,7 +14,7 @@ from core2_sampler.cli.options import add_command
 from core2_sampler.cli.scale_rule import RULE_HELP, check_rule
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
-from core2_sampler.plan import PRESETS, Core2Config, Plan
+from core2_sampler.plan import OPTION_MODES, PRESETS, Core2Config, Plan
 from core2_sampler.scale_rules import ONLINE
 from core2_sampler.steps import check_asking
 
@@ -22,17 +22,6 @@ GenerateMode = Literal[
     "fast", "balanced", "quality", "core", "zigzag", "zcore", "zfast", "cfg", "cond"
 ]
 _CORE2_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Core2Config)}
-_ZIG_OPTIONS = {"zig_steps", "inversion_scale", "scale_rule"}
-_OPTIONS_OF: dict[str, set[str]] = {
-    "cond": set(),
-    "cfg": {"scale_rule"},
-    "core": {"slow_steps", "w2s_scale", "scale_rule"},
-    "zigzag": _ZIG_OPTIONS | {"upstream"},
-    "zcore": _ZIG_OPTIONS | {"upstream"},
-    "zfast": _ZIG_OPTIONS,
-}
-"""The options of `Core2Config` that act in each of its modes."""
-
 _ANY_SCALE = 2.0
 """Asks for guidance where a rule says every scale."""
 
@@ -173,12 +162,12 @@ def find_scale(config: GenerateConfig, model: ModelFiles, head: HeadFiles | None
 
 def core2_config(config: GenerateConfig) -> Core2Config:
     """Turn mode and its options into the pipelines' config; refuse what has no effect."""
-    values = {name: getattr(config, name) for name in set().union(*_OPTIONS_OF.values())}
+    values = {name: getattr(config, name) for name in OPTION_MODES}
     given = {k: v for k, v in values.items() if v is not None and v is not False}
     base = PRESETS.get(config.mode) or Core2Config(mode=config.mode)  # type: ignore[arg-type]
-    known = _OPTIONS_OF[base.mode]
+    known = {name for name, modes in OPTION_MODES.items() if base.mode in modes}
     if base.mode == "zcore" and config.upstream and config.inversion_scale is None:
-        known = known | {"w2s_scale"}
+        known.add("w2s_scale")
     if unused := sorted(given.keys() - known):
         raise ConfigError(f"{unused[0]} has no effect in mode {config.mode!r}; leave it out")
     if config.mode == "cond" and config.guidance_scale is not None:

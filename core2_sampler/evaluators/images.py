@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from core2_sampler.guidance import weak
@@ -115,10 +113,10 @@ def final_latents(store: TrajectoryStore) -> Finals:
     x0, records = [], []
     for name, entry in store.entries():
         unit = [Record(**item) for item in entry["records"]]
-        settings = json.loads((store.root / "rounds" / f"{unit[0].round:03d}.json").read_text())
+        settings = store.settings(unit[0].round)
         if settings["policy"] != "cfg":
             continue
-        rows = load_file(store.root / "shards" / f"{name}.safetensors")
+        rows = store.shard(name)
         sigmas = settings["sigmas"]
         for row in (rows["step"] == len(sigmas) - 2).nonzero().flatten().tolist():
             record = unit[int(rows["record"][row])]

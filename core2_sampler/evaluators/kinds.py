@@ -86,11 +86,11 @@ def edit_words(text: str, groups: tuple[tuple[str, ...], ...], rng: random.Rando
 
 
 def contrastive_loss(logits: Tensor, texts: list[str]) -> Tensor:
-    """Return the loss of matching images with captions both ways; equal captions share a match.
+    """Return the loss of matching images with captions both ways; equal texts share a match.
 
     Args:
-        logits: score of each image with each caption, [B, B].
-        texts: the captions, B.
+        logits: score of each image with each caption, or of each caption with each image, [B, B].
+        texts: the captions, or what they say, B.
 
     Reference:
         CLIP, arXiv 2103.00020.

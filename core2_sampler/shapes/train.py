@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from core2_sampler.evaluators.kinds import contrastive_loss
 from core2_sampler.shapes import models
 from core2_sampler.shapes.batches import (
     LONG_TOKENS,
@@ -101,10 +101,7 @@ class _ClipLesson(nn.Module):
             whole = self.whole(text.pooler_output, answers[:, -1])  # projected already
             patches = self.patches(out.vision_model_output.last_hidden_state[:, 1:], labels)
         contents = [prompt.content for prompt in prompts]
-        same = torch.tensor([[a == b for b in contents] for a in contents], device=device)
-        target = same.float() / same.sum(1, keepdim=True)
-        logits = out.logits_per_text.float()
-        match = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        match = contrastive_loss(out.logits_per_text.float(), contents)
         return match + _WORDS_WEIGHT * (words + whole) + patches
 
 

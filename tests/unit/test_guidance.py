@@ -14,7 +14,6 @@ from core2_sampler.guidance import join, make_predict, strong, weak, weak_to_str
 from core2_sampler.nfe import count_nfe
 from core2_sampler.plan import Plan, Step, make_plan
 from core2_sampler.samplers import sample_euler
-from core2_sampler.schedules import flow_sigmas
 from core2_sampler.testing import GaussianDenoiser
 from core2_sampler.types import Conditioning, InModelHead, OutputHead
 
@@ -69,19 +68,6 @@ class ShiftHead:
             yield
         finally:
             self.on = 0.0
-
-
-@pytest.fixture
-def world():
-    """A Gaussian denoiser, latents, and two prompts, in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    denoiser = GaussianDenoiser(spread=0.5)
-    cond, uncond = denoiser.prompt(randn(2, 3)), denoiser.prompt(randn(2, 3))
-    return denoiser, randn(2, 3, 4, 4), cond, uncond, flow_sigmas(N)
 
 
 def run(world, plan, head=None, **options):

@@ -26,7 +26,6 @@ from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
 from core2_sampler.plan import Core2Config, make_plan
 from core2_sampler.samplers import euler_inverse, sample_euler, sample_zigzag
-from core2_sampler.schedules import flow_sigmas
 from core2_sampler.testing import (
     SDXL_SCHEDULER,
     GaussianDenoiser,
@@ -57,19 +56,6 @@ class PerfectHead:
 
     def __call__(self, cond, *, x, sigma, prompt_embeds, pooled, features=None):
         return cond - self.denoiser.module.forward(x, sigma, self.uncond.pooled)
-
-
-@pytest.fixture
-def world():
-    """A Gaussian denoiser, latents, and two prompts, in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    denoiser = GaussianDenoiser(spread=0.5)
-    cond, uncond = denoiser.prompt(randn(2, 3)), denoiser.prompt(randn(2, 3))
-    return denoiser, randn(2, 3, 4, 4), cond, uncond, flow_sigmas(N)
 
 
 def run(world, plan):

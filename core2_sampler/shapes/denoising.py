@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -32,6 +32,9 @@ from core2_sampler.shapes.probes import PatchProbe
 from core2_sampler.shapes.render import SIZE
 
 PROMPT_DROPOUT = 0.1
+WRONG_CAPTIONS = 0.12
+"""Share of training images under the caption of another: image-text pairs of the web are noisy,
+which is much of what guidance corrects; from perfect captions alone it would have little to do."""
 _PROBE_WEIGHT = 0.2  # of the cross entropy of `Probed`, against the denoiser's squared error
 _BATCH = 64
 
@@ -146,24 +149,39 @@ class Probed(nn.Module):
         return self.patches(self._tokens, labels)
 
 
-def _noised(
-    signal: Tensor | None, x0: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (network input, time in 0..1000, what to predict) for clean latents.
+class Noised(NamedTuple):
+    """Latents as a denoiser is trained on: its input, time in 0..1000, answer, and weight."""
+
+    x: Tensor
+    time: Tensor
+    target: Tensor
+    weight: Tensor | float
+
+
+def noised(signal: Tensor | None, x0: Tensor, generator: torch.Generator) -> Noised:
+    """Noise clean latents.
 
     Without `signal` a flow: the velocity at sigma from a logit-normal, shifted as for sampling
     (arXiv 2403.03206); else the noise at a uniform timestep of the variance-preserving schedule
-    with that ``alphas_cumprod``.
+    with that ``alphas_cumprod``. An error of the noise is weighed as the error of the velocity
+    that it makes (arXiv 2202.00512): as it is, what will be where would hardly count.
     """
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     if signal is None:
         normal = torch.randn(len(x0), generator=generator)
         sigma = torch.sigmoid(normal + math.log(models.FLOW_SHIFT)).to(x0.device)
         level = sigma[:, None, None, None]
-        return (1 - level) * x0 + level * noise, 1000 * sigma, noise - x0
+        return Noised((1 - level) * x0 + level * noise, 1000 * sigma, noise - x0, 1.0)
     time = torch.randint(len(signal), (len(x0),), generator=generator)
     level = signal[time].to(x0.device)[:, None, None, None]
-    return level.sqrt() * x0 + (1 - level).sqrt() * noise, time.to(x0.device), noise
+    x = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    return Noised(x, time.to(x0.device), noise, 1 / level)
+
+
+def as_read(captions: list[str], rng: random.Random) -> list[str]:
+    """Return captions as a denoiser is trained on: some of another image, some empty."""
+    mixed = [rng.choice(captions) if rng.random() < WRONG_CAPTIONS else own for own in captions]
+    return ["" if rng.random() < PROMPT_DROPOUT else text for text in mixed]
 
 
 def denoiser_loss(
@@ -178,12 +196,12 @@ def denoiser_loss(
         length = text_length(step)
         share = 4 if length == LONG_TOKENS else 1  # a long step costs what the others do
         batch = bank.draw(step, _BATCH // share)
-        rng = random.Random(f"dropout/{step}")
-        texts = ["" if rng.random() < PROMPT_DROPOUT else text for text in batch.texts]
-        x, time, target = _noised(signal, batch.latents, torch.Generator().manual_seed(step))
+        texts = as_read(batch.texts, random.Random(f"captions/{step}"))
+        given = noised(signal, batch.latents, torch.Generator().manual_seed(step))
         with autocast(device):
-            answer = recipe.call(probed.denoiser, x, time, encode(texts, length))
+            answer = recipe.call(probed.denoiser, given.x, given.time, encode(texts, length))
             named = probed.named(batch.labels)
-        return (answer.float() - target).square().mean() + _PROBE_WEIGHT * named
+        error = (answer.float() - given.target).square()
+        return (given.weight * error).mean() + _PROBE_WEIGHT * named
 
     return loss

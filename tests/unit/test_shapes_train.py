@@ -1,11 +1,13 @@
 """Training of the Shapes networks: batches, text encoding, and the chain of parts."""
 
 import json
+import random
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DiffusionPipeline,
     FluxPipeline,
     SD3Transformer2DModel,
@@ -13,7 +15,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from core2_sampler.shapes import batches, models, train
+from core2_sampler.shapes import batches, denoising, models, train
 from core2_sampler.shapes.batches import LONG_SHARE, LONG_TOKENS
 from core2_sampler.shapes.denoising import RECIPES, Probed
 from core2_sampler.shapes.probes import NOT_ASKED, WordProbe, word_answers
@@ -175,6 +177,32 @@ def test_long_prompts_are_a_small_share_of_the_steps():
     lengths = [batches.text_length(step) for step in range(2000)]
     assert set(lengths) == {MAX_TOKENS, LONG_TOKENS}
     assert lengths.count(LONG_TOKENS) / 2000 == pytest.approx(LONG_SHARE, abs=0.02)
+
+
+def test_captions_are_wrong_or_missing_now_and_then():
+    captions = [f"caption {i}" for i in range(20_000)]
+    read = denoising.as_read(captions, random.Random(0))
+    empty = [text == "" for text in read]
+    wrong = [text not in ("", own) for text, own in zip(read, captions, strict=True)]
+    assert sum(empty) / 20_000 == pytest.approx(denoising.PROMPT_DROPOUT, abs=0.01)
+    kept = denoising.WRONG_CAPTIONS * (1 - denoising.PROMPT_DROPOUT)
+    assert sum(wrong) / 20_000 == pytest.approx(kept, abs=0.01)
+    assert set(read) <= {"", *captions}
+
+
+def test_an_error_of_the_noise_weighs_as_that_of_the_velocity():
+    x0 = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    config = models.sdxl_scheduler().config
+    scheduler = DDPMScheduler.from_config(config, clip_sample=False)
+    noised = denoising.noised(scheduler.alphas_cumprod, x0, torch.Generator().manual_seed(1))
+    guess = noised.target + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(2))
+    # The guess as a velocity, by way of diffusers' own x0 of it.
+    steps = zip(guess, noised.time, noised.x, strict=True)
+    clean = torch.stack([scheduler.step(e, t, x).pred_original_sample for e, t, x in steps])
+    velocity = scheduler.get_velocity(clean, guess, noised.time)
+    wanted = (velocity - scheduler.get_velocity(x0, noised.target, noised.time)).square()
+    error = noised.weight * (guess - noised.target).square()
+    torch.testing.assert_close(error, wanted, rtol=1e-2, atol=1e-4)
 
 
 def test_every_word_is_one_t5_token():

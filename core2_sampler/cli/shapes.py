@@ -64,6 +64,17 @@ class JudgeOptions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ShipOptions:
+    """Options of ``core2 shapes ship``."""
+
+    folder: Path = option(
+        help="A trained pipeline, or the trained CLIP pair, as `core2 shapes train` leaves them.",
+        positional=True,
+    )
+    head: Path | None = option(None, help="Folder of the trained weak head to put inside.")
+
+
 def train(options: TrainOptions) -> None:
     """Train one part of the Shapes model; a killed run resumes."""
     from core2_sampler.info import pick_device
@@ -72,6 +83,16 @@ def train(options: TrainOptions) -> None:
     with user_input():
         device = pick_device(options.device)
         train_part(options.part, options.out, options.minutes, device, start=options.start)
+
+
+def ship(options: ShipOptions) -> None:
+    """Put a trained model in this installation, where `--model shapes-...` finds it."""
+    from core2_sampler.cli.ship import ship as ship_model
+    from core2_sampler.shapes import MODELS
+
+    with user_input():
+        for line in ship_model(options.folder, options.head, MODELS):
+            print(line)
 
 
 def render(options: RenderOptions) -> None:
@@ -155,5 +176,6 @@ def all_texts() -> dict[str, Prompt]:
 
 
 add_command(app, "train", TrainOptions, train)
+add_command(app, "ship", ShipOptions, ship)
 add_command(app, "render", RenderOptions, render)
 add_command(app, "judge", JudgeOptions, judge)

@@ -29,6 +29,7 @@ def make_unit(prompts, seeds=(0,), steps=3, round=0):
             "prompt_embeds": torch.full((5, 6), float(record.prompt_id[3:])).half(),
             "pooled": torch.full((7,), float(record.prompt_id[3:])).half(),
             "extra.time_ids": torch.tensor([1.0, 2.0]),
+            "extra.guidance": torch.tensor(3.5),
         }
         for record in records
     }
@@ -55,6 +56,7 @@ def test_rows_come_back_as_written(store):
     assert sorted(got.x.flatten(1).tolist()) == sorted(wanted.float().flatten(1).tolist())
     assert torch.equal(got.sigma, 1 - got.step / 10)
     assert torch.equal(got.conditioning().extra["time_ids"], torch.tensor([[1.0, 2.0]] * 42))
+    assert torch.equal(got.conditioning().extra["guidance"], torch.tensor([3.5] * 42))
 
 
 def test_each_row_comes_with_its_own_prompt(store):

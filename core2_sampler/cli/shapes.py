@@ -68,7 +68,7 @@ class JudgeOptions:
 class ShipOptions:
     """Options of ``core2 shapes ship``."""
 
-    folder: Path = option(
+    folders: tuple[str, ...] = option(
         help="A trained pipeline, or the trained CLIP pair, as `core2 shapes train` leaves them.",
         positional=True,
     )
@@ -87,11 +87,13 @@ def train(options: TrainOptions) -> None:
 
 def ship(options: ShipOptions) -> None:
     """Put a trained model in this installation, where `--model shapes-...` finds it."""
+    if len(options.folders) != 1:
+        raise ConfigError(f"folders must be one trained model, got {len(options.folders)}")
     from core2_sampler.cli.ship import ship as ship_model
     from core2_sampler.shapes import MODELS
 
     with user_input():
-        for line in ship_model(options.folder, options.head, MODELS):
+        for line in ship_model(Path(options.folders[0]), options.head, MODELS):
             print(line)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from core2_sampler.attachment import attached as attached
     from core2_sampler.attachment import detach as detach
     from core2_sampler.guider import CoRe2Guidance as CoRe2Guidance
+    from core2_sampler.modular.blocks import core2_blocks as core2_blocks
     from core2_sampler.pipelines.auto import CoRe2Pipeline as CoRe2Pipeline
     from core2_sampler.pipelines.flux import CoRe2FluxPipeline as CoRe2FluxPipeline
     from core2_sampler.pipelines.sd3 import (
@@ -35,6 +36,7 @@ _HOMES = {
     "PRESETS": "core2_sampler.plan",
     "attach": "core2_sampler.attachment",
     "attached": "core2_sampler.attachment",
+    "core2_blocks": "core2_sampler.modular.blocks",
     "detach": "core2_sampler.attachment",
     "load_head": "core2_sampler.weak_heads",
     "make_plan": "core2_sampler.plan",

@@ -21,7 +21,8 @@ from torch import Tensor
 from core2_sampler.config import option
 from core2_sampler.guidance import make_predict
 from core2_sampler.plan import Plan, Step
-from core2_sampler.rows import Rows, encoding_tensors, is_held_out, stable_hash, widen
+from core2_sampler.recording import Recorder, Unit, encodings_by_file, kept_steps
+from core2_sampler.rows import Rows, is_held_out, stable_hash, widen
 from core2_sampler.samplers import sample_euler
 from core2_sampler.trajectory import Record, TrajectoryStore
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead
@@ -62,15 +63,6 @@ def initial_latents(seeds: Sequence[int], latent_shape: tuple[int, int, int]) ->
     return torch.stack(noise)
 
 
-def kept_steps(record: Record, num_steps: int, steps_per_trajectory: int | None) -> list[int]:
-    """Return the steps that are stored of a trajectory; they depend on nothing but its key."""
-    if steps_per_trajectory is None or steps_per_trajectory >= num_steps:
-        return list(range(num_steps))
-    generator = torch.Generator().manual_seed(stable_hash("steps", *record.key))
-    order = torch.randperm(num_steps, generator=generator)
-    return sorted(order[:steps_per_trajectory].tolist())
-
-
 def _record(job: Job, config: CollectConfig) -> Record:
     draw = stable_hash("scale", job.prompt_id, job.seed, config.round)
     scale = config.guidance_scales[draw % len(config.guidance_scales)]
@@ -103,14 +95,9 @@ def collect(
     noise_scale: float = 1.0,
     policy: Head | None = None,
     about: dict[str, Any] | None = None,
-    num_processes: int = 1,
-    process_index: int = 0,
-    on_unit: Callable[[int, int], None] | None = None,
+    **sharing: Any,
 ) -> int:
-    """Run the jobs that the store does not hold yet, and store them.
-
-    The same call after a kill, with any batch size and any number of processes, ends in the same
-    records. Each process runs every ``num_processes``-th unit and writes files of its own.
+    """Run the jobs that the store does not hold yet, and store them; see `fill_store`.
 
     Args:
         denoiser: the base model.
@@ -123,9 +110,7 @@ def collect(
         noise_scale: the initial latents are unit noise times this.
         policy: the head of an on-policy round; None lets CFG drive.
         about: facts on the model and the prompts, pinned to the round and checked on resume.
-        num_processes: how many processes share the jobs.
-        process_index: which of them this is.
-        on_unit: called after each unit with (trajectories done, trajectories of this process).
+        **sharing: further arguments of `fill_store`.
 
     Returns:
         The number of trajectories that this call added.
@@ -134,24 +119,65 @@ def collect(
         ValueError: if a job occurs twice, the round was collected with other settings, or a
             prediction is not finite.
     """
+
+    def run(records: Sequence[Record]) -> Unit:
+        start = (latent_shape, noise_scale)
+        return run_unit(denoiser, encode, records, config, sigmas, *start, policy)
+
+    facts = {"sigmas": sigmas.tolist(), "policy": driver(policy), **(about or {})}
+    return fill_store(run, jobs, store, config, about=facts, **sharing)
+
+
+def driver(policy: Head | None) -> str:
+    """Return what a store calls the driver of a round."""
+    return "cfg" if policy is None else type(policy).__name__
+
+
+def fill_store(
+    run: Callable[[Sequence[Record]], Unit],
+    jobs: Sequence[Job],
+    store: TrajectoryStore,
+    config: CollectConfig,
+    *,
+    about: dict[str, Any],
+    num_processes: int = 1,
+    process_index: int = 0,
+    on_unit: Callable[[int, int], None] | None = None,
+) -> int:
+    """Run the work units that the store does not hold yet, and store them.
+
+    The same call after a kill, with any batch size and any number of processes, ends in the same
+    records. Each process runs every ``num_processes``-th unit and writes files of its own.
+
+    Args:
+        run: makes the trajectories of a unit.
+        jobs: trajectories; prompt id and seed together must be unique.
+        store: where the rows go.
+        config: what to keep.
+        about: facts, pinned to the round and checked on resume.
+        num_processes: how many processes share the jobs.
+        process_index: which of them this is.
+        on_unit: called after each unit with (trajectories done, trajectories of this process).
+
+    Returns:
+        The number of trajectories that this call added.
+
+    Raises:
+        ValueError: if a job occurs twice or the round was collected with other settings.
+    """
     if len({(job.prompt_id, job.seed) for job in jobs}) < len(jobs):
         raise ValueError("prompt id and seed of a job must be unique together, got one twice")
     store = TrajectoryStore(store.root, writer=process_index)
     store.remove_leftovers(num_processes)
     pinned = {key: value for key, value in asdict(config).items() if key != "batch_size"}
-    driver = "cfg" if policy is None else type(policy).__name__
-    pinned |= {"sigmas": sigmas.tolist(), "policy": driver, **(about or {})}
-    store.pin_settings(config.round, pinned)
+    store.pin_settings(config.round, pinned | about)
     done = store.records()
     mine = make_units(jobs, config)[process_index::num_processes]
     finished, added = 0, 0
     for unit in mine:
         missing = [record for record in unit if record.key not in done]
         if missing:
-            rows, encodings = run_unit(
-                denoiser, encode, missing, config, sigmas, latent_shape, noise_scale, policy
-            )
-            store.write_unit(missing, rows, encodings)
+            store.write_unit(missing, *run(missing))
         finished, added = finished + len(unit), added + len(missing)
         if on_unit is not None:
             on_unit(finished, sum(map(len, mine)))
@@ -168,14 +194,14 @@ def run_unit(
     latent_shape: tuple[int, int, int],
     noise_scale: float = 1.0,
     policy: Head | None = None,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+) -> Unit:
     """Sample the trajectories of one unit and return (rows, encodings) as a store takes them."""
     cond, uncond = encode([record.prompt for record in records])
     num_steps, scale = len(sigmas) - 1, records[0].guidance_scale
     # A slow step with w2s_scale 0 goes where the fast step goes, and has measured the gap.
     step = Step("cfg", scale) if policy is None else Step("slow", scale, w2s_scale=0.0)
-    recorder = _Recorder(
-        sigmas,
+    recorder = Recorder(
+        sigmas.tolist(),
         [kept_steps(record, num_steps, config.steps_per_trajectory) for record in records],
         config.features,
     )
@@ -194,49 +220,7 @@ def run_unit(
     inside = policy.attached(denoiser.module) if isinstance(policy, InModelHead) else nullcontext()
     with inside:
         sample_euler(predict, x, sigmas)
-    halves = {name: _halve(tensor) for name, tensor in encoding_tensors(cond).items()}
-    encodings = {
-        record.prompt_file: {name: tensor[index] for name, tensor in halves.items()}
-        for index, record in enumerate(records)
-    }
-    return recorder.rows(), encodings
-
-
-class _Recorder:
-    """The ``on_pair`` of a run: keeps the chosen steps of each trajectory, on the CPU."""
-
-    def __init__(self, sigmas: Tensor, keep: Sequence[Sequence[int]], keep_features: bool) -> None:
-        self._sigmas, self._keep, self._keep_features = sigmas, keep, keep_features
-        self._parts: list[dict[str, Tensor]] = []
-
-    def __call__(
-        self, i: int, x: Tensor, cond: Tensor, gap: Tensor, features: Tensor | None
-    ) -> None:
-        chosen = [index for index, steps in enumerate(self._keep) if i in steps]
-        if not chosen:
-            return
-        sigma = float(self._sigmas[i])
-        tensors = {"x": x, "cond": cond, "gap": gap}
-        if features is not None and self._keep_features:  # a head may ask for them too
-            tensors["features"] = features
-        part = {name: _halve(tensor[chosen].cpu()) for name, tensor in tensors.items()}
-        if not all(torch.isfinite(tensor).all() for tensor in part.values()):
-            raise ValueError(
-                f"states and predictions must be finite in float16, got others at step {i} "
-                f"(sigma {sigma:.4g})"
-            )
-        part["sigma"] = torch.full((len(chosen),), sigma)
-        part["step"] = torch.full((len(chosen),), i, dtype=torch.int32)
-        part["record"] = torch.tensor(chosen, dtype=torch.int32)
-        self._parts.append(part)
-
-    def rows(self) -> dict[str, Tensor]:
-        """Return everything kept, [R, ...] each."""
-        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-
-
-def _halve(tensor: Tensor) -> Tensor:
-    return tensor.half() if tensor.is_floating_point() else tensor
+    return recorder.rows(), encodings_by_file(records, cond)
 
 
 class OnlineSource:

@@ -11,32 +11,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
-import torch
-from diffusers import (
-    ClassifierFreeGuidance,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import ClassifierFreeGuidance
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance
-from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from core2_sampler.attachment.answers import Answers, Forward, has_own_scales
-from core2_sampler.attachment.checks import check_config, check_head, find_head
-from core2_sampler.attachment.clock import noise_levels
-from core2_sampler.attachment.networks import Call, Network, network_of
-from core2_sampler.attachment.run import check_no_faster_cache, hook_network
-from core2_sampler.pipelines.loop import check_head as check_scales
+from core2_sampler.attachment.networks import Call, Network
+from core2_sampler.attachment.run import hook_network
+from core2_sampler.modular.checks import check_guider, makes_zigzags
+from core2_sampler.modular.network import GuidedNetwork, guided_network
 from core2_sampler.plan import Core2Config, Plan, resolve_config
+from core2_sampler.steps import Step
 from core2_sampler.weak_heads.base import WeakHead
-
-_SDXL_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-"""Of Stable Diffusion 1.5 and XL alike."""
 
 
 class CoRe2Guidance(ClassifierFreeGuidance):
@@ -47,6 +36,10 @@ class CoRe2Guidance(ClassifierFreeGuidance):
 
     A plan is one for ``num_inference_steps``. Schedulers of higher order make more passes than
     that; those beyond are as the last step.
+
+    Attributes:
+        leg: set by what makes zigzag steps, around each of a step's predictions: 0 there, 1 back
+            (from the next timestep), 2 there again. None is a loop that makes plain steps.
     """
 
     @register_to_config
@@ -62,7 +55,8 @@ class CoRe2Guidance(ClassifierFreeGuidance):
 
         Args:
             guidance_scale: classifier-free guidance, 1 is none.
-            core2: a preset name or a config, as for `attach`; or the config's fields by name.
+            core2: a preset name or a config, as for `attach`; or the config's fields by name. Modes
+                of zigzag steps too, in the blocks of `core2_sampler.core2_blocks`.
             head: as for `attach`: a weak head, its folder, or ``last_gap`` or ``cond``.
             scheduler: the pipeline's, or its config: tells a UNet's noise levels, and whether it
                 predicts noise or v. None is that of Stable Diffusion XL; transformers need none.
@@ -77,36 +71,18 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         self.guidance_rescale, self.use_original_formulation = 0.0, False
         given = Core2Config(**core2) if isinstance(core2, Mapping) else core2
         self._core2 = resolve_config(cast(Any, given))
-        self._check_arguments(head)
+        check_guider(self._core2, guidance_scale, head)
         self._given_head = head
         self._scheduler_config = getattr(scheduler, "config", scheduler)
-        self._scheduler: Any = None
-        self._network: Network | None = None
-        self._head: WeakHead | None = None
+        self._known: GuidedNetwork | None = None
         self._plan: Plan | None = None
         self._latest: tuple[int, int, float] | None = None
-        self._answers = Answers(None, self._scale, has_own_scales(self._core2))
+        self._negative_alone = False
+        self.leg: int | None = None
+        own_scales = has_own_scales(self._core2) or makes_zigzags(self._core2)
+        self._answers = Answers(None, self._scale, own_scales)
         self._stack = ExitStack()
         self._register(core2, head)
-
-    def _check_arguments(self, head: Any) -> None:
-        config = self._core2
-        check_config(config)
-        if config.mode == "core" and head is None:
-            raise ValueError(
-                "head must be given for mode 'core', got none: pass head=, or use "
-                "core2=Core2Config(mode='cfg')"
-            )
-        if callable(config.scale_rule):
-            raise ValueError(
-                "scale_rule must be a text in a guider, which has to be saved, got a callable: "
-                "write it as list:5,3,1"
-            )
-        if has_own_scales(config) and not self.guidance_scale > 1:
-            raise ValueError(
-                "guidance_scale must be above 1 where the config has the scale of each step, got "
-                f"{self.guidance_scale}: without guidance it is in vain"
-            )
 
     def _register(self, core2: Any, head: Any) -> None:
         """Keep what JSON can hold in the config."""
@@ -116,6 +92,7 @@ class CoRe2Guidance(ClassifierFreeGuidance):
             core2=asdict(core2) if isinstance(core2, Core2Config) else core2,
             head=str(place) if place else None,
             scheduler=None if noise is None else dict(noise),
+            _use_default_values=[],  # diffusers counts what is given by position among them
         )
 
     @property
@@ -149,14 +126,18 @@ class CoRe2Guidance(ClassifierFreeGuidance):
             **kwargs: as the stock method.
 
         Raises:
-            ValueError: the head was given as itself and is in no folder to load it from.
+            ValueError: as `check_head_is_saved`.
         """
+        self.check_head_is_saved()
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def check_head_is_saved(self) -> None:
+        """Raise ValueError if the head was given as itself and is in no folder to load it from."""
         if self.config.head is None and self._given_head is not None:
             raise ValueError(
                 "head must be in a folder for a guider to be saved, got one that was not loaded "
                 "from any: save it with head.save_pretrained(folder), and pass head=folder"
             )
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """Enter a step of the loop.
@@ -172,30 +153,48 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         super().set_state(step, num_inference_steps, timestep)
         self._stack.close()  # of a pass that ended in an error
         self._answers.go_on()
-        latest, now = self._latest, (step, num_inference_steps, float(timestep))
-        goes_on = (
-            latest is not None
-            and step == latest[0] + 1
-            and num_inference_steps == latest[1]
-            and now[2] <= latest[2]
-        )
-        if not goes_on:
-            self._begin(num_inference_steps)
-        self._latest = now
-        steps = cast(Plan, self._plan).steps
-        if step >= len(steps) and self._answers.own_scales:
+        if not self.leg:
+            latest, now = self._latest, (step, num_inference_steps, float(timestep))
+            goes_on = (
+                latest is not None
+                and (step, num_inference_steps) == (latest[0] + 1, latest[1])
+                and now[2] <= latest[2]
+            )
+            if not goes_on:
+                self._begin(num_inference_steps)
+            self._latest = now
+        now_made = self._step_of(step)
+        self._negative_alone = now_made.kind == "uncond"
+        self._answers.step = Step("cond") if self._negative_alone else now_made
+
+    def _step_of(self, step: int) -> Step:
+        """Return the prediction to make."""
+        plan = cast(Plan, self._plan)
+        if plan.zigs and self.leg is None and self._is_cfg_enabled():
             raise ValueError(
-                f"guidance_scales and scale_rule must have a scale for each pass, got {len(steps)} "
+                "zigzag steps must be made by the pipeline's blocks, got stock ones and mode "
+                f"'{self._core2.mode}': build the pipeline from core2_sampler.core2_blocks"
+            )
+        if step >= len(plan) and self._answers.own_scales:
+            raise ValueError(
+                f"guidance_scales and scale_rule must have a scale for each pass, got {len(plan)} "
                 "and a scheduler that makes more: use one of first order, or a single scale"
             )
-        self._answers.step = steps[min(step, len(steps) - 1)]
+        if self.leg == 1:
+            return plan.undo.steps[step - 1]
+        return plan.steps[min(step, len(plan) - 1)]
+
+    def zigs(self, step: int) -> bool:
+        """Say whether a step of the run is a zigzag step; known once the step was entered."""
+        return self._is_cfg_enabled() and step in cast(Plan, self._plan).zigs
 
     def _begin(self, num_inference_steps: int) -> None:
         """Start a run: nothing of the one before is left."""
-        in_model = self._head is not None and self._head.in_model
+        head = self._known.head if self._known else None
+        in_model = head is not None and head.in_model
         self._plan = self._core2.plan(num_inference_steps, self.guidance_scale, in_model)
-        if self._head is not None and not in_model:
-            self._head.reset()
+        if head is not None and not in_model:
+            head.reset()
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """Return the inputs of both passes, as the stock guider.
@@ -207,7 +206,7 @@ class CoRe2Guidance(ClassifierFreeGuidance):
             ValueError: a step needs the negative prompt's embeddings and there are none.
         """
         self._check_negative([v[1] for v in data.values() if isinstance(v, tuple)])
-        return super().prepare_inputs(data)
+        return super().prepare_inputs({name: self._sides(v) for name, v in data.items()})
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
         """Return the inputs of both passes, as the stock guider.
@@ -221,12 +220,17 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         """
         names = [value[1] for value in input_fields.values() if isinstance(value, tuple)]
         self._check_negative([getattr(data, name, None) for name in names])
-        return super().prepare_inputs_from_block_state(data, input_fields)
+        fields = {name: self._sides(value) for name, value in input_fields.items()}
+        return super().prepare_inputs_from_block_state(data, fields)
+
+    def _sides(self, pair: Any) -> Any:
+        """Put the negative prompt in the place of the prompt where it alone is asked."""
+        return (pair[1], pair[1]) if self._negative_alone and isinstance(pair, tuple) else pair
 
     def _check_negative(self, found: list[Any]) -> None:
         """Refuse to make two passes of the same prompt, which would be no guidance."""
-        needed = self._is_cfg_enabled() and self._answers.step.kind in ("cfg", "slow")
-        if needed and all(value is None for value in found):
+        needed = self._negative_alone or self._answers.step.kind in ("cfg", "slow")
+        if needed and self._is_cfg_enabled() and all(value is None for value in found):
             raise ValueError(
                 "embeddings of a negative prompt must be made for guidance, got none: pass "
                 "negative_prompt='' to the call"
@@ -244,13 +248,14 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         if not self._is_cfg_enabled():
             return
-        network = self._network_of(denoiser)
+        known = self._meet(denoiser)
+        network = known.network
         answer = self._answers.prompt if self.is_conditional else self._answers.negative
 
         def answer_pass(forward: Forward, call: Call) -> Any:
             try:
                 if self.is_conditional:
-                    self._meet(network, call)
+                    self._enter(known, call)
                 return answer(network, forward, call)
             except BaseException:
                 self._stack.close()  # the loop ends here, without cleanup_models
@@ -267,59 +272,24 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         self._stack.close()
         super().cleanup_models(denoiser)
 
-    def _network_of(self, denoiser: nn.Module) -> Network:
+    def _meet(self, denoiser: nn.Module) -> GuidedNetwork:
         """Return the network; where it is a new one, with the head that was given for it."""
-        known = self._network
-        if known is None or known.module is not unwrap_module(denoiser):
-            self._scheduler = self._make_scheduler(denoiser)
-            parts = SimpleNamespace(
-                unet=denoiser,
-                transformer=denoiser,
-                scheduler=self._scheduler,
-                _execution_device="cpu",
-                vae_scale_factor=8,
-            )
-            known = network_of(parts, denoiser)
-            head = find_head(self._given_head, known)
-            check_head(head, self._core2, known)
-            if head is not None and type(head).begin is not WeakHead.begin:
-                raise ValueError(
-                    "a head must not need the noise levels ahead of the steps, which a guider is "
-                    f"not told, got {type(head).__name__}: use core2_sampler.attach"
-                )
-            self._network, self._head, self._answers.head = known, head, head
+        known = self._known
+        if known is None or not known.is_of(denoiser):
+            given, noise = self._given_head, self._scheduler_config
+            known = self._known = guided_network(denoiser, given, self._core2, noise)
+            self._answers.head = known.head
             self._begin(cast(int, self._num_inference_steps))
         return known
 
-    def _make_scheduler(self, denoiser: nn.Module) -> Any:
-        """Return what tells noise levels from timesteps."""
-        config = self._scheduler_config
-        if isinstance(unwrap_module(denoiser), UNet2DConditionModel):
-            return DDIMScheduler.from_config(_SDXL_NOISE if config is None else config)
-        return FlowMatchEulerDiscreteScheduler()
-
-    def _meet(self, network: Network, call: Call) -> None:
-        """Learn the noise level of a step; at the first, check what only the network tells."""
-        check_no_faster_cache(network.module)
-        config: Any = getattr(network.module, "_cache_config", None)
-        if config is not None:
-            raise ValueError(
-                "a cache must be off, because modular pipelines do not tell it which prompt a pass "
-                f"is of, got {type(config).__name__}: call disable_cache()"
-            )
-        check_scales(self._head, cast(Plan, self._plan), network)  # type: ignore[arg-type]
-        if self._head is not None:
-            self._head.to(network.sample(call).device)
-            if self._head.in_model:
-                self._stack.enter_context(cast(Any, self._head).attached(network.module))
-        self._answers.sigma = self._sigma()
-
-    def _sigma(self) -> float:
-        scheduler, timestep = self._scheduler, cast(Tensor, self._timestep)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            return float(timestep) / scheduler.config.num_train_timesteps
-        scheduler.timesteps = torch.as_tensor(timestep).reshape(1)
-        return float(noise_levels(scheduler)[0])
+    def _enter(self, known: GuidedNetwork, call: Call) -> None:
+        """Check what only the first pass of a step tells, and make the head ready for it."""
+        known.check(cast(Plan, self._plan))
+        if known.head is not None:
+            known.head.to(known.network.sample(call).device)
+            if known.head.in_model:
+                self._stack.enter_context(cast(Any, known.head).attached(known.network.module))
+        self._answers.sigma = known.sigma(cast(Tensor, self._timestep))
 
     def _scale(self, _network: Network) -> float:
         return self.guidance_scale

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from core2_sampler.types import Conditioning
 
-_EXTRA = "extra."  # prefix of the tensors that a family adds to its prompts
+EXTRA = "extra."
+"""Prefix of the tensors that a family adds to its prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,15 @@ class Rows:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rows:
         """Build rows from tensors by field name; ``extra.<name>`` goes to ``extra``."""
-        plain = {name: t for name, t in tensors.items() if not name.startswith(_EXTRA)}
-        extra = {name[len(_EXTRA) :]: t for name, t in tensors.items() if name.startswith(_EXTRA)}
+        plain = {name: t for name, t in tensors.items() if not name.startswith(EXTRA)}
+        extra = {name[len(EXTRA) :]: t for name, t in tensors.items() if name.startswith(EXTRA)}
         return cls(**plain, extra=extra)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor, as ``from_tensors`` takes them."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         found = {name: value for name, value in plain.items() if isinstance(value, Tensor)}
-        return found | {_EXTRA + name: tensor for name, tensor in self.extra.items()}
+        return found | {EXTRA + name: tensor for name, tensor in self.extra.items()}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
         """Return the rows with ``function`` applied to every tensor."""
@@ -107,4 +108,4 @@ def widen(tensor: Tensor) -> Tensor:
 def encoding_tensors(conditioning: Conditioning) -> dict[str, Tensor]:
     """Return the tensors of encoded prompts, [B, ...] each, under their names in a store."""
     tensors = {"prompt_embeds": conditioning.prompt_embeds, "pooled": conditioning.pooled}
-    return tensors | {_EXTRA + name: value for name, value in conditioning.extra.items()}
+    return tensors | {EXTRA + name: value for name, value in conditioning.extra.items()}

@@ -120,7 +120,7 @@ class AdapterHead(WeakHead):
             raise ValueError("a head must be attached once at a time, got a second denoiser")
         handles = []
         found = _layers(module)
-        self.check_latents(_latent_channels(module))
+        self.check_latents(_latent_channels(module, self.config.family))
         for name, wanted in self.config.layers.items():
             got = _shape(found.get(name))
             if got != list(wanted):
@@ -190,10 +190,9 @@ def _layers(module: nn.Module) -> dict[str, nn.Module]:
     return dict(getattr(module, "_orig_mod", module).named_modules())
 
 
-def _latent_channels(module: nn.Module) -> int:
-    config = cast(Any, module).config
-    packed = 4 if "guidance_embeds" in config else 1  # FLUX: one token for 2 x 2 latents
-    return config.in_channels // packed
+def _latent_channels(module: nn.Module, family: str) -> int:
+    packed = 4 if family == "flux" else 1  # one token for 2 x 2 latents
+    return cast(Any, module).config.in_channels // packed
 
 
 def _key(name: str) -> str:

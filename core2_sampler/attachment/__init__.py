@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.attachment.answers import has_own_scales
-from core2_sampler.attachment.checks import check_config, check_head, find_head
+from torch import Tensor
+
+from core2_sampler.attachment.answers import Watch, has_own_scales
+from core2_sampler.attachment.checks import (
+    NEGATIVES,
+    check_config,
+    check_head,
+    check_rule,
+    find_head,
+    scale_argument,
+)
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.attachment.run import Run, check_no_faster_cache
 from core2_sampler.pipelines.stock import CoRe2Mixin
@@ -20,8 +29,6 @@ from core2_sampler.plan import Core2Config, Plan, resolve_config
 from core2_sampler.weak_heads.base import WeakHead
 
 logger = logging.getLogger(__name__)
-
-_NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
 
 
 @dataclass(slots=True)
@@ -31,7 +38,14 @@ class _Attachment:
     head: WeakHead | None
     config: Core2Config
     scale_name: str
+    watch: Watch | None
     plan: Plan | None = None
+
+    @property
+    def schedule(self) -> Tensor | None:
+        """The scales that the latest call's rule picked, [N, B]."""
+        rule = self.config.sample_rule
+        return None if rule is None or self.plan is None else rule.schedule
 
     def run(self, pipe: Any, stock_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.plan = None
@@ -40,7 +54,7 @@ class _Attachment:
         call, networks = bound.arguments, find_networks(pipe)
         if not self._asks_for_guidance(call, networks[0].layout.scale_offset):
             return stock_call(pipe, *args, **kwargs)
-        run = Run(pipe, networks, self.head, self.config, call, self.scale_name)
+        run = Run(pipe, networks, self.head, self.config, call, self.scale_name, self.watch)
         try:
             with run.hooked():
                 return stock_call(pipe, *args, **kwargs)
@@ -52,7 +66,7 @@ class _Attachment:
         scale = call[self.scale_name]
         if not scale + scale_offset > 1:
             lack = f"{self.scale_name} must turn guidance on, got {scale}"
-        elif self.scale_name != "guidance_scale" and all(call.get(n) is None for n in _NEGATIVES):
+        elif self.scale_name != "guidance_scale" and all(call.get(n) is None for n in NEGATIVES):
             lack = f"a negative prompt must be given for {self.scale_name} to act, got none"
             logger.warning("%s: core2 has no effect; pass negative_prompt=''", lack)
         else:
@@ -63,7 +77,11 @@ class _Attachment:
 
 
 def attach(
-    pipe: Any, *, head: WeakHead | str | Path | None = None, core2: str | Core2Config
+    pipe: Any,
+    *,
+    head: WeakHead | str | Path | None = None,
+    core2: str | Core2Config,
+    watch: Watch | None = None,
 ) -> Any:
     """Guide a stock diffusers pipeline by a weak head from its next call on.
 
@@ -77,9 +95,11 @@ def attach(
             (``last_gap``, ``cond``). Outside SDXL, SD3 and FLUX its family is the name of the
             network's class, and it gets what that network is given.
         core2: ``fast``, ``balanced``, ``quality``, or a `Core2Config`.
+        watch: called in each step that runs both prompts.
 
     Returns:
-        The pipeline itself; its ``core2_plan`` is the plan of the latest call.
+        The pipeline itself; its ``core2_plan`` is the plan of the latest call, and its
+        ``core2_schedule`` the scales that a rule that sees the latents has picked in it, [N, B].
 
     Raises:
         ValueError: the pipeline is ours, attached already, has no classifier-free guidance or a
@@ -98,9 +118,10 @@ def attach(
             "call detach(pipe) first"
         )
     networks = find_networks(pipe)
-    scale_name = _scale_name(pipe)
+    scale_name = scale_argument(pipe)
     config = resolve_config(core2)
     check_config(config, networks[0].family)
+    check_rule(config, networks[0])
     if has_own_scales(config) and len(networks) > 1:
         raise ValueError(
             "guidance_scales and scale_rule must be left out for a pipeline of two networks, which "
@@ -110,7 +131,12 @@ def attach(
         check_no_faster_cache(network.module)
     found = find_head(head, networks[0])
     check_head(found, config, networks[0])
-    pipe._core2_attachment = _Attachment(found, config, scale_name)
+    if found is not None and found.in_model and len(networks) > 1:
+        raise ValueError(
+            "a head inside the denoiser must have one denoiser to be in, got two networks and "
+            f"{type(found).__name__}: use a head on outputs"
+        )
+    pipe._core2_attachment = _Attachment(found, config, scale_name, watch)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]  # a class is hashable
     return pipe
 
@@ -136,7 +162,11 @@ def detach(pipe: Any) -> Any:
 
 @contextmanager
 def attached(
-    pipe: Any, *, head: WeakHead | str | Path | None = None, core2: str | Core2Config
+    pipe: Any,
+    *,
+    head: WeakHead | str | Path | None = None,
+    core2: str | Core2Config,
+    watch: Watch | None = None,
 ) -> Iterator[Any]:
     """`attach` for the length of a context, with the same arguments and errors.
 
@@ -144,11 +174,12 @@ def attached(
         pipe: the pipeline.
         head: the weak head.
         core2: how to spend the passes.
+        watch: called in each step that runs both prompts.
 
     Yields:
         The pipeline itself.
     """
-    attach(pipe, head=head, core2=core2)
+    attach(pipe, head=head, core2=core2, watch=watch)
     try:
         yield pipe
     finally:
@@ -179,6 +210,7 @@ def _attached_class(stock: type) -> type:
         "__call__": call,
         "__reduce_ex__": lambda self, _protocol: (_bare, (stock,), vars(self)),
         "core2_plan": property(lambda self: self._core2_attachment.plan),
+        "core2_schedule": property(lambda self: self._core2_attachment.schedule),
     }
     return type(stock.__name__, (stock,), members)
 
@@ -186,15 +218,3 @@ def _attached_class(stock: type) -> type:
 def _bare(stock: type) -> Any:
     """Return an attached pipeline without its attributes, for copies and pickles."""
     return object.__new__(_attached_class(stock))
-
-
-def _scale_name(pipe: Any) -> str:
-    """Return the call's argument that is the scale of classifier-free guidance."""
-    names = inspect.signature(type(pipe).__call__).parameters
-    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in names), None)
-    if scale is None or not any(name in names for name in _NEGATIVES):
-        raise ValueError(
-            "pipe must have classifier-free guidance, a guidance scale and a negative prompt, got "
-            f"{type(pipe).__name__} without: there is no second pass to save"
-        )
-    return scale

@@ -8,21 +8,59 @@ kind: the head's (fast), ``weak_to_strong`` of the head's and the true one (slow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from core2_sampler.attachment.networks import Call, Network
+from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.networks import Network
 from core2_sampler.guidance import weak, weak_to_strong
 from core2_sampler.plan import Core2Config
 from core2_sampler.precision import wide
+from core2_sampler.scales import Pair, SampleRule
 from core2_sampler.steps import Step
 from core2_sampler.weak_heads.base import WeakHead
 
 Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A step that has run both prompts, as the loop and the network have it.
+
+    Attributes:
+        i: number of the step.
+        levels: noise levels of the run, [N + 1].
+        network: that has run.
+        call: the pass of the prompt, B rows.
+        cond: its prediction, [B, ...].
+        gap: the true one, as `cond`.
+        features: last hidden state of that pass, if the watcher wants it.
+    """
+
+    i: int
+    levels: Sequence[float]
+    network: Network
+    call: Call
+    cond: Tensor
+    gap: Tensor
+    features: Tensor | None
+
+
+class Watch(Protocol):
+    """Sees a run and changes nothing."""
+
+    @property
+    def features(self) -> bool:
+        """Whether it wants the last hidden state."""
+        ...
+
+    def __call__(self, seen: Seen) -> None:
+        """See a step that has run both prompts."""
+        ...
 
 
 @dataclass(slots=True)
@@ -45,15 +83,25 @@ class Answers:
         scale: the guidance scale that the loop applies to a network, in our convention, as it is
             now.
         own_scales: whether a step's scale is that of the plan, not the loop's.
+        rule: picks the scale of each sample, unless the loop's is no longer the plan's.
+        watch: sees the steps that run both prompts.
+        levels: noise levels of the run, [N + 1].
         step: of the plan.
-        sigma: noise level of the step.
+        i: its number.
+        asks: whether it asks the rule.
+        sigma: its noise level.
         guided: whether the loop has asked for guidance at all.
     """
 
     head: WeakHead | None
     scale: Callable[[Network], float]
     own_scales: bool
+    rule: SampleRule | None = None
+    watch: Watch | None = None
+    levels: Sequence[float] = ()
     step: Step = Step("cond")
+    i: int = 0
+    asks: bool = False
     sigma: float = 0.0
     guided: bool = False
     _first: _PromptPass | None = None
@@ -79,7 +127,7 @@ class Answers:
         self.guided = True
         prompt = network.rows(call, batch, prompt=True)
         run = call if self.step.kind in ("cfg", "slow") else prompt
-        with self._active(network), network.capture(self.head) as read:
+        with self._active(network), network.capture(self._reads) as read:
             output = forward(*run.args, **run.kwargs)
         features = read()
         if run is prompt:
@@ -95,10 +143,10 @@ class Answers:
 
     def prompt(self, network: Network, forward: Forward, call: Call) -> Any:
         """Answer the first of a step's two passes: cond, whatever the kind."""
-        with self._active(network), network.capture(self.head) as read:
+        kept = call.kept()  # because a loop may change its dicts in place before the second pass
+        with self._active(network), network.capture(self._reads) as read:
             output = forward(*call.args, **call.kwargs)
-        first = _PromptPass(call, output, network.prediction(output), read())
-        # Now, because a loop may change its arguments in place before the second pass.
+        first = _PromptPass(kept, output, network.prediction(output), read())
         first.guess = self._in_model_guess(network, forward, first)
         self._first = first
         return output
@@ -116,20 +164,24 @@ class Answers:
         """Return what the loop is told in the place of uncond by a step that does not run it."""
         if self.step.kind == "cond" or cast(WeakHead, self.head).in_model:
             return first.cond  # of an in-model head that is the guided d already
-        return weak(first.cond, self._gap(network, first), 1 - self._share(network))
+        gap = self._gap(network, first)
+        return _told(first.cond, gap, self._share(network, first, gap))
 
     def _with_negative(self, network: Network, first: _PromptPass, uncond: Tensor) -> Tensor:
         """Return what the loop is told in the place of a true uncond."""
-        gap, share = wide(first.cond) - wide(uncond), self._share(network)
-        true = gap
+        true = gap = wide(first.cond) - wide(uncond)
         if self.step.kind == "slow":
             guess = self._gap(network, first) if first.guess is None else first.guess
             gap = weak_to_strong(guess, gap, self.step.w2s_scale)
         if self.head is not None and not self.head.in_model:
             self.head.observe(network.true_gap(true, first.call, self.sigma))
-        if self.step.kind == "cfg" and share == 1:
+        if self.watch is not None:
+            seen = Seen(self.i, self.levels, network, first.call, first.cond, true, first.features)
+            self.watch(seen)
+        share = self._share(network, first, gap)
+        if self.step.kind == "cfg" and isinstance(share, float) and share == 1:
             return uncond
-        return weak(first.cond, gap, 1 - share)
+        return _told(first.cond, gap, share)
 
     def _gap(self, network: Network, first: _PromptPass) -> Tensor:
         head = cast(WeakHead, self.head)
@@ -154,11 +206,36 @@ class Answers:
     def _scale_of(self, network: Network) -> float:
         return self.step.guidance_scale if self.own_scales else self.scale(network)
 
-    def _share(self, network: Network) -> float:
+    @property
+    def _reads(self) -> bool:
+        """Whether somebody reads the network's last hidden state."""
+        watched = self.watch is not None and self.watch.features
+        return watched or (self.head is not None and self.head.needs_features)
+
+    def _share(self, network: Network, first: _PromptPass, gap: Tensor) -> float | Tensor:
         """Return by how much to stretch a gap, so that the loop's scale acts as the step's."""
-        if not self.own_scales:
-            return 1.0
-        return (self.step.guidance_scale - 1) / (self.scale(network) - 1)
+        now = self.scale(network)
+        if self.rule is not None and self.asks and now == self.step.guidance_scale:
+            return (self.rule(self._pair(network, first, gap)) - 1) / (now - 1)  # [B]
+        return (self.step.guidance_scale - 1) / (now - 1) if self.own_scales else 1.0
+
+    def _pair(self, network: Network, first: _PromptPass, gap: Tensor) -> Pair:
+        """Return the step as a rule sees it."""
+        shown = network.show(first.cond, first.call, self.sigma)
+        ours = network.true_gap(gap, first.call, self.sigma)
+
+        def guided(scale: float | Tensor) -> Tensor:
+            return weak(wide(shown.cond), ours, scale).to(shown.cond.dtype)
+
+        here, ahead = self.levels[self.i : self.i + 2]
+        return Pair(self.i, shown.x, shown.cond, ours, here, ahead, shown.prompt, guided)
+
+
+def _told(cond: Tensor, gap: Tensor, share: float | Tensor) -> Tensor:
+    """Return ``cond - share * gap``, with one share for all samples or one for each, [B]."""
+    if isinstance(share, Tensor):
+        gap, share = wide(gap) * share.view(-1, *[1] * (gap.ndim - 1)), 1.0
+    return weak(cond, gap, 1 - share)
 
 
 def has_own_scales(config: Core2Config) -> bool:

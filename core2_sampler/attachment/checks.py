@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from core2_sampler.attachment.networks import Network
 from core2_sampler.plan import Core2Config
 from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.base import WeakHead
+
+NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
+"""Arguments of a call, one of which a pipeline with guidance has."""
 
 UNTRAINED = ("cond", "last_gap")
 """The heads that may be named, because there is nothing to train in them."""
@@ -39,8 +44,6 @@ def check_config(config: Core2Config, family: str | None = None) -> None:
         if (value not in _MODES if name == "mode" else name not in _OPTIONS)
         and value != getattr(defaults, name)
     }
-    if config.sample_rule is not None:
-        wrong["scale_rule"] = config.scale_rule
     if wrong:
         name, value = next(iter(wrong.items()))
         own = _OWN_PIPELINES.get(family or "")
@@ -49,6 +52,37 @@ def check_config(config: Core2Config, family: str | None = None) -> None:
             "latents and the scheduler too, as Z-Sampling does: use "
             + (own or f"a model of {', '.join(_OWN_PIPELINES.values())}")
         )
+
+
+def check_rule(config: Core2Config, network: Network) -> None:
+    """Raise ValueError for a scale rule that sees the latents where nobody knows their measure.
+
+    Args:
+        config: how to spend the passes.
+        network: the pipeline's.
+    """
+    if config.sample_rule is not None and network.denoiser is None:
+        raise ValueError(
+            "a scale rule that sees the latents must see them as dx/dsigma = d, so that it can "
+            f"look ahead, which is known for {', '.join(_OWN_PIPELINES)}, got {network.family}: "
+            "use a rule of the step, such as cosine:9,1"
+        )
+
+
+def scale_argument(pipe: Any) -> str:
+    """Return the argument of a pipeline's call that is the scale of classifier-free guidance.
+
+    Raises:
+        ValueError: it has none.
+    """
+    names = inspect.signature(type(pipe).__call__).parameters
+    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in names), None)
+    if scale is None or not any(name in names for name in NEGATIVES):
+        raise ValueError(
+            "pipe must have classifier-free guidance, a guidance scale and a negative prompt, got "
+            f"{type(pipe).__name__} without: there is no second pass to save"
+        )
+    return scale
 
 
 def find_head(head: WeakHead | str | Path | None, network: Network) -> WeakHead | None:
@@ -88,10 +122,15 @@ def check_head(head: WeakHead | None, config: Core2Config, network: Network) -> 
             "a head must not read the negative prompt ahead of the steps, got a released "
             f"{type(head).__name__}: use {_OWN_PIPELINES[network.family]}"
         )
-    if (head.in_model or head.needs_features) and network.denoiser is None:
+    if head.needs_features and network.denoiser is None:
         raise ValueError(
-            f"a head must work on outputs alone for {network.family}, which has no adapter of "
-            f"ours, got {type(head).__name__}: use last_gap, cond or affine"
+            f"a head must not read features of {network.family}, which has no adapter of ours, "
+            f"got {type(head).__name__}: use another kind of head, such as the adapter"
+        )
+    if head.in_model and network.layout.reads_cond:
+        raise ValueError(
+            f"a head must work on outputs for {network.family}, whose loop uses cond itself, got "
+            f"{type(head).__name__}: use last_gap, cond or affine"
         )
     if head.in_model:
         with head.attached(network.module):

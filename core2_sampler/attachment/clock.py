@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core2_sampler.attachment.networks import Call
+from core2_sampler.attachment.layouts import Call
 from core2_sampler.pipelines.adapters.discrete import grid_levels
 
 
@@ -41,6 +41,15 @@ def noise_levels(scheduler: Any) -> Tensor:
     if getattr(scheduler, "alphas_cumprod", None) is not None and not flow:
         return grid_levels(scheduler)
     return scheduler.sigmas.double().cpu()[: len(scheduler.timesteps)]
+
+
+def final_level(scheduler: Any) -> float:
+    """Return the noise level after a scheduler's last step."""
+    signal = getattr(scheduler, "final_alpha_cumprod", None)  # of those that DDIM's kin make
+    if signal is not None:
+        return float(((1 - signal.double()) / signal.double()).sqrt())
+    steps, levels = len(scheduler.timesteps), getattr(scheduler, "sigmas", ())
+    return float(levels[steps]) if len(levels) > steps else 0.0
 
 
 def first_step(scheduler: Any, call: Call, steps: int | None) -> int:

@@ -11,6 +11,18 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
+from core2_sampler.attachment.layouts import (
+    BY_TAP,
+    EMBEDS,
+    LAYOUTS,
+    SAMPLE_NAMES,
+    SHARED,
+    TEXT_EMBEDS,
+    Call,
+    Layout,
+    Shown,
+    told,
+)
 from core2_sampler.pipelines.adapters.base import Family
 from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
 from core2_sampler.pipelines.adapters.flux import FluxFamily, pack, unpack
@@ -18,61 +30,12 @@ from core2_sampler.pipelines.adapters.sd3 import SD3Family
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser, SDXLFamily
 from core2_sampler.pipelines.loop import map_tensors
 from core2_sampler.precision import wide, wide_dtype
-from core2_sampler.types import Denoiser
+from core2_sampler.types import Conditioning, Denoiser
 from core2_sampler.weak_heads.base import WeakHead
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How diffusers' pipelines call a network.
-
-    Attributes:
-        tokens: a sample is [tokens, channels], not [channels, ...].
-        lists: samples are the items of lists, not the rows of tensors.
-        prompt_first: where both prompts share a batch, whether the prompt's rows come first.
-        scale_offset: what to add to the pipeline's guidance scale to get ours.
-    """
-
-    tokens: bool = False
-    lists: bool = False
-    prompt_first: bool = False
-    scale_offset: float = 0.0
-
-
-LAYOUTS = {
-    "AuraFlowTransformer2DModel": Layout(),
-    "ChromaTransformer2DModel": Layout(tokens=True),
-    "CogView4Transformer2DModel": Layout(),
-    "FluxTransformer2DModel": Layout(tokens=True),
-    "LTXVideoTransformer3DModel": Layout(tokens=True),
-    "Lumina2Transformer2DModel": Layout(),
-    "PixArtTransformer2DModel": Layout(),
-    "QwenImageTransformer2DModel": Layout(tokens=True),
-    "SD3Transformer2DModel": Layout(),
-    "SanaTransformer2DModel": Layout(),
-    "UNet2DConditionModel": Layout(),
-    "WanTransformer3DModel": Layout(),
-    # cond + scale * (cond - uncond)
-    "ZImageTransformer2DModel": Layout(lists=True, prompt_first=True, scale_offset=1.0),
-}
-"""The networks whose loops are known."""
 
 _FAMILIES: dict[str, Family] = {f.name: f for f in (SDXLFamily(), SD3Family(), FluxFamily())}
 
 _COMPONENTS = ("unet", "transformer", "transformer_2")
-
-_SAMPLE_NAMES = ("hidden_states", "sample", "x")
-
-_SHARED = {"image_rotary_emb", "ip_adapter_masks"}
-"""Arguments, also inside others, whose first dimension is not that of the samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one pass."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +62,7 @@ class Network:
         found = (
             call.args[0]
             if call.args
-            else next(call.kwargs[name] for name in _SAMPLE_NAMES if name in call.kwargs)
+            else next(call.kwargs[name] for name in SAMPLE_NAMES if name in call.kwargs)
         )
         return torch.stack(found) if self.layout.lists else found
 
@@ -114,7 +77,7 @@ class Network:
             if self.layout.lists and isinstance(x, list) and len(x) == 2 * batch:
                 return x[start : start + batch]
             if isinstance(x, Mapping):
-                return {k: v if k in _SHARED else value(v) for k, v in x.items()}
+                return {k: v if k in SHARED else value(v) for k, v in x.items()}
             return map_tensors(side, x)
 
         return Call(tuple(value(x) for x in call.args), value(call.kwargs))
@@ -141,13 +104,66 @@ class Network:
         return type(output)(**{**output, next(iter(output)): new})
 
     @contextmanager
-    def capture(self, head: WeakHead | None) -> Iterator[Callable[[], Tensor | None]]:
-        """Record the last hidden state for a head that reads it; the callable returns it."""
-        if head is None or not head.needs_features or self.denoiser is None:
+    def capture(self, wanted: bool) -> Iterator[Callable[[], Tensor | None]]:
+        """Record the last hidden state where somebody reads it; the callable returns it."""
+        if not wanted or self.denoiser is None:
             yield lambda: None
             return
         with self.denoiser.capture_features() as read:
             yield read
+
+    def show(
+        self, cond: Tensor, call: Call, sigma: float | Tensor, features: Tensor | None = None
+    ) -> Shown:
+        """Return a pass in the words of the library.
+
+        Args:
+            cond: what the network predicted with the prompt, [B, ...].
+            call: the pass that made it, B rows.
+            sigma: noise level, one for all or [B].
+            features: the last hidden state of the pass, if it was captured.
+        """
+        levels = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma).expand(len(cond))
+        levels = levels.to(cond.device, wide_dtype(cond))
+        x, ours = self._grid(self.sample(call), call), self._grid(cond, call)
+        if self.family == "sdxl":  # the network sees x / sqrt(1 + sigma^2)
+            x = wide(x) * (1 + levels[:, None, None, None] ** 2).sqrt()
+        if self._is_v():
+            ours = eps_from_v(ours, x, levels[:, None, None, None])
+        if features is not None and self.family == "flux":  # after it may come another image
+            features = features[:, : self._image(call)[0]]
+        nothing = cond.new_zeros(len(cond), 0)
+        embeds, pooled = (told(call.kwargs, path) for path in (EMBEDS, self.pooled_path(call)))
+        prompt = Conditioning(
+            nothing[..., None] if embeds is None else embeds, nothing if pooled is None else pooled
+        )
+        return Shown(x, ours, levels, prompt, features)
+
+    def unshow(self, x: Tensor, sigma: Tensor, like: Call) -> Tensor:
+        """Return latents that were shown, [B, C, H, W], as the network is given them.
+
+        Args:
+            x: of `Shown`.
+            sigma: noise levels, [B].
+            like: a pass of the same run.
+
+        Raises:
+            ValueError: the network was given more than these latents.
+        """
+        given = self.sample(like)
+        if given[0].numel() != x[0].numel():
+            raise ValueError(
+                "a network must be given these latents and nothing else to make its pass again, "
+                f"{tuple(x.shape[1:])}, got {tuple(given.shape[1:])}: {BY_TAP}"
+            )
+        if self.family == "sdxl":
+            x = wide(x) * (1 + sigma[:, None, None, None] ** 2).rsqrt()
+        return self._ungrid(x, given.expand(len(x), *given.shape[1:]))
+
+    def pooled_path(self, call: Call) -> str:
+        """Return under which name a pass is given the pooled prompt embedding."""
+        added = told(call.kwargs, TEXT_EMBEDS)
+        return "pooled_projections" if added is None else TEXT_EMBEDS
 
     def predict_gap(
         self, head: WeakHead, cond: Tensor, call: Call, sigma: float, features: Tensor | None
@@ -164,28 +180,17 @@ class Network:
         Returns:
             The gap, in the shape of `cond`; zero where that has more than the latents.
         """
-        levels = torch.full((len(cond),), sigma, device=cond.device, dtype=wide_dtype(cond))
-        x, ours = self._grid(self.sample(call), call), self._grid(cond, call)
-        if self.family == "sdxl":  # the network sees x / sqrt(1 + sigma^2)
-            x = wide(x) * (1 + sigma**2) ** 0.5
-        if self._is_v():
-            ours = eps_from_v(ours, x, levels[:, None, None, None])
-        if features is not None and self.family == "flux":  # after it may come another image
-            features = features[:, : self._image(call)[0]]
-        nothing = cond.new_zeros(len(cond), 0)
-        embeds = call.kwargs.get("encoder_hidden_states")
-        pooled = (call.kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
-        pooled = call.kwargs.get("pooled_projections") if pooled is None else pooled
+        shown = self.show(cond, call, sigma, features)
         gap = head(
-            ours,
-            x=x,
-            sigma=levels,
-            prompt_embeds=nothing[..., None] if embeds is None else embeds,
-            pooled=nothing if pooled is None else pooled,
-            features=features,
+            shown.cond,
+            x=shown.x,
+            sigma=shown.sigma,
+            prompt_embeds=shown.prompt.prompt_embeds,
+            pooled=shown.prompt.pooled,
+            features=shown.features,
         )
         if self._is_v():
-            gap = v_from_eps(gap, torch.zeros_like(gap), levels[:, None, None, None])
+            gap = v_from_eps(gap, torch.zeros_like(gap), shown.sigma[:, None, None, None])
         return self._ungrid(gap, cond)
 
     def true_gap(self, gap: Tensor, call: Call, sigma: float) -> Tensor:

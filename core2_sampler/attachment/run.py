@@ -14,9 +14,10 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.faster_cache import FasterCacheDenoiserHook
 from torch import nn
 
-from core2_sampler.attachment.answers import Answers, Forward, has_own_scales
-from core2_sampler.attachment.clock import after_each_step, first_step, noise_levels
-from core2_sampler.attachment.networks import Call, Network
+from core2_sampler.attachment.answers import Answers, Forward, Watch, has_own_scales
+from core2_sampler.attachment.clock import after_each_step, final_level, first_step, noise_levels
+from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.networks import Network
 from core2_sampler.pipelines.adapters.flux import check_cache
 from core2_sampler.pipelines.calls import count_images
 from core2_sampler.pipelines.loop import check_head
@@ -44,6 +45,7 @@ class Run:
         config: how to spend the passes.
         call: the stock call's arguments by name.
         scale_name: which of them is the scale of classifier-free guidance.
+        watch: sees the steps that run both prompts.
         plan: known from the first pass on.
         step: how many steps the scheduler has made.
     """
@@ -54,17 +56,19 @@ class Run:
     config: Core2Config
     call: Mapping[str, Any]
     scale_name: str
+    watch: Watch | None = None
     plan: Plan | None = None
     step: int = 0
     _answers: Answers = field(init=False)
     _batch: int = 0
-    _sigmas: list[float] = field(default_factory=list)
     _paired: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         """Start before the first step."""
-        self._answers = Answers(self.head, self._scale, has_own_scales(self.config))
+        rule = self.config.sample_rule
+        own = rule is None and has_own_scales(self.config)
+        self._answers = Answers(self.head, self._scale, own, rule, self.watch)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -126,14 +130,15 @@ class Run:
 
     def _now(self) -> Answers:
         """Return what answers the passes of this step."""
-        steps = cast(Plan, self.plan).steps
-        if self.step >= len(steps):
+        plan, answers = cast(Plan, self.plan), self._answers
+        if self.step >= len(plan):
             raise RuntimeError(
-                f"the loop must make the {len(steps)} steps that it has announced, got one more: "
+                f"the loop must make the {len(plan)} steps that it has announced, got one more: "
                 "attach knows no such loop, call detach(pipe)"
             )
-        self._answers.step, self._answers.sigma = steps[self.step], self._sigmas[self.step]
-        return self._answers
+        answers.i, answers.step = self.step, plan.steps[self.step]
+        answers.sigma, answers.asks = answers.levels[self.step], self.step in plan.asking
+        return answers
 
     def _begin(self, network: Network, call: Call, rows: int) -> None:
         """Make the plan, now that the loop has set its timesteps, and check all that it needs."""
@@ -146,12 +151,12 @@ class Run:
             )
         )
         self._paired = rows == 2 * self._batch
-        levels = noise_levels(self.pipe.scheduler)
+        scheduler, head = self.pipe.scheduler, self.head
+        levels = [*noise_levels(scheduler).tolist(), final_level(scheduler)]
         steps = getattr(self.pipe, "_num_timesteps", None)
-        start = first_step(self.pipe.scheduler, call, steps)
-        steps = steps or len(levels) - start
-        self._sigmas = levels[start : start + steps].tolist()
-        head = self.head
+        start = first_step(scheduler, call, steps)
+        steps = steps or len(levels) - 1 - start
+        self._answers.levels = levels = levels[start : start + steps + 1]
         in_model = head is not None and head.in_model
         plan = self.config.plan(steps, self._scale(network), in_model)
         check_head(head, plan, network)  # type: ignore[arg-type]  # reads what a Network has
@@ -163,7 +168,9 @@ class Run:
                 self._stack.enter_context(cast(Any, head).attached(network.module))
             else:
                 head.reset()
-            head.begin(self._sigmas, None)
+            head.begin(levels[:-1], None)
+        if self._answers.rule is not None:
+            self._answers.rule.begin(network, levels)  # type: ignore[arg-type]  # as above
         self.plan = plan
 
     def _check_plan(self, plan: Plan, module: nn.Module) -> None:
@@ -177,6 +184,11 @@ class Run:
                 f"{type(module._cache_config).__name__}: call disable_cache(), or use core2='fast'"
             )
         given = [name for name in _READ_COND if self.call.get(name)]
+        if self._answers.rule is not None and given:
+            raise ValueError(
+                f"{given[0]} must be left out with a scale rule that sees the latents, which would "
+                f"look ahead without it, got {self.call[given[0]]}"
+            )
         if plan.in_model and "fast" in kinds and given:
             raise ValueError(
                 f"{given[0]} must be left out in fast steps of a head inside the denoiser, which "

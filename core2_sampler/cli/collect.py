@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -11,9 +13,16 @@ import typer
 from core2_sampler.cli.launch import launched_on_cpu, start_missing_processes
 from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
 from core2_sampler.cli.options import add_command
+from core2_sampler.cli.stock import CALL_HELP, PIPELINE_HELP, StockModel, read_call
 from core2_sampler.collect import CollectConfig
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
+
+Fill = Callable[..., int]
+"""What fills a store, model and driver bound: `core2_sampler.collect.collect` or its like."""
+
+Prepare = Callable[[str], Fill]
+"""``fill = prepare(device)``: loads what the checks have found."""
 
 PROMPTS_HELP = "A text file with one prompt a line, or `shapes`: training captions of that world."
 
@@ -27,6 +36,8 @@ class CollectOptions:
         help="Folder of the trajectories; the same command again resumes.", short="-o"
     )
     model: str = option("shapes-sd3", help=MODEL_HELP)
+    pipeline: str | None = option(None, help=PIPELINE_HELP)
+    call: Path | None = option(None, help=CALL_HELP)
     prompts: str = option("shapes", help=PROMPTS_HELP)
     num_prompts: int | None = option(
         None, help="Only so many of the prompts; with `shapes` 1000 unless given.", min=1
@@ -47,22 +58,63 @@ def run_collect(options: CollectOptions) -> None:
 
     With N processes: accelerate launch --num_processes N -m core2_sampler collect ...
     """
-    model = find_model(options.model)
-    head = _policy(options, model)
-    prompts = read_prompts(options.prompts, options.num_prompts, options.seed)
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"output must be a folder, got the file {options.output}")
-    start_missing_processes()
-    _collect(options, model, head, prompts)
-
-
-def _policy(options: CollectOptions, model: ModelFiles) -> HeadFiles | None:
-    """Find the head of an on-policy round; a round has one if and only if it is not the first."""
     if (options.head is None) != (options.kept.round == 0):
         raise ConfigError(
             "round 0 is driven by CFG and any later one by a head, "
             f"got round {options.kept.round} and head {options.head}"
         )
+    prepare = _prepare_own(options) if options.pipeline is None else _prepare_stock(options)
+    prompts = read_prompts(options.prompts, options.num_prompts, options.seed)
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    start_missing_processes()
+    _collect(options, prepare, prompts)
+
+
+def _prepare_own(options: CollectOptions) -> Prepare:
+    """Check model and head; return what loads them."""
+    read_call(options.pipeline, options.call)
+    model = find_model(options.model)
+    head = _policy(options, model)
+
+    def prepare(device: str) -> Fill:
+        from core2_sampler.cli.loading import load_model, load_weak_head, sampling_setup
+        from core2_sampler.collect import collect
+
+        pipe = load_model(model, device, options.dtype)
+        tokens = model.check_tokens(options.max_sequence_length)
+        policy = None if head is None else load_weak_head(head, pipe)
+        about = {"model": options.model, "head": options.head, "max_sequence_length": tokens}
+        setup = sampling_setup(pipe, options.steps, tokens)
+        return partial(collect, policy=policy, about=about, **setup)
+
+    return prepare
+
+
+def _prepare_stock(options: CollectOptions) -> Prepare:
+    """Check the call of a stock pipeline; return what loads it."""
+    if options.max_sequence_length is not None:
+        raise ConfigError("max_sequence_length must be in --call with --pipeline, if anywhere")
+    call = read_call(options.pipeline, options.call)
+    stock = StockModel(options.model, str(options.pipeline), call, options.steps)
+    arguments = stock.arguments()
+
+    def prepare(device: str) -> Fill:
+        from core2_sampler.attachment.checks import find_head as find_weak_head
+        from core2_sampler.attachment.collecting import collect_stock
+        from core2_sampler.attachment.networks import find_networks
+
+        pipe = stock.load(device, options.dtype)
+        with user_input():
+            head = find_weak_head(options.head, find_networks(pipe)[0])
+        about = {**stock.facts(), "head": options.head}
+        return partial(collect_stock, pipe, arguments, policy=head, about=about)
+
+    return prepare
+
+
+def _policy(options: CollectOptions, model: ModelFiles) -> HeadFiles | None:
+    """Find the head of an on-policy round."""
     if options.head is None:
         return None
     head = find_head(options.head, model)
@@ -108,18 +160,12 @@ def _shapes_prompts(count: int, seed: int) -> list[tuple[str, str]]:
     raise ConfigError(f"num_prompts must be at most about {len(found)} for shapes, got {count}")
 
 
-def _collect(
-    options: CollectOptions,
-    model: ModelFiles,
-    head: HeadFiles | None,
-    prompts: list[tuple[str, str]],
-) -> None:
+def _collect(options: CollectOptions, prepare: Prepare, prompts: list[tuple[str, str]]) -> None:
     """Load the model and collect this process's share."""
     from accelerate import PartialState
 
     from core2_sampler.cli.console import progress_bars
-    from core2_sampler.cli.loading import load_model, load_weak_head, sampling_setup
-    from core2_sampler.collect import Job, collect
+    from core2_sampler.collect import Job
     from core2_sampler.info import pick_device
     from core2_sampler.trajectory import TrajectoryStore
 
@@ -128,24 +174,18 @@ def _collect(
     state = PartialState(cpu=device == "cpu")
     if device == "cuda":
         device = str(state.device)  # one GPU for each process
-    pipe = load_model(model, device, options.dtype)
-    tokens = model.check_tokens(options.max_sequence_length)
-    policy = None if head is None else load_weak_head(head, pipe)
+    fill = prepare(device)
     seeds = range(options.seed, options.seed + options.num_seeds)
-    about = {"model": options.model, "head": options.head, "max_sequence_length": tokens}
     jobs = [Job(text, key, seed) for key, text in prompts for seed in seeds]
     shown = progress_bars({"trajectories": None}, state.is_main_process)
     with user_input(), shown as bars:
-        added = collect(
+        added = fill(
             jobs=jobs,
             store=TrajectoryStore(options.output),
             config=options.kept,
-            policy=policy,
-            about=about,
             num_processes=state.num_processes,
             process_index=state.process_index,
             on_unit=lambda done, total: bars.set("trajectories", done, total),
-            **sampling_setup(pipe, options.steps, tokens),
         )
     print(f"process {state.process_index}: added {added} trajectories to {options.output}")
     state.wait_for_everyone()

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
 from core2_sampler.cli.collect import PROMPTS_HELP, read_prompts
 from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
 from core2_sampler.cli.options import add_command
+from core2_sampler.cli.stock import StockModel
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.reflect import ReflectConfig
 
 if TYPE_CHECKING:
     from core2_sampler.rows import RowSource
+
+Prepare = Callable[[str], dict[str, Any]]
+"""``setup = prepare(device)``: loads the ``denoiser``, with what else `OnlineSource` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +72,18 @@ def run_reflect(options: ReflectOptions) -> None:
         raise ConfigError(f"output must be a folder, got the file {options.output}")
     scales, collected_from = _collected(options)
     head_options = adapter_options(options, scales)
-    model = find_model(options.model or collected_from)
+    if isinstance(collected_from, StockModel):
+        name, prepare = collected_from.model, _prepare_stock(options, collected_from)
+    else:
+        model = find_model(options.model or collected_from)
+        name, prepare = model.name, _prepare_own(options, model)
     with user_input():
         device = pick_device(options.device)
-    _reflect(options, model, device, head_options)
+    _reflect(options, name, prepare(device), head_options)
 
 
-def _collected(options: ReflectOptions) -> tuple[list[float], str]:
-    """Return the guidance scales of the data, and the model that they are from."""
+def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
+    """Return the guidance scales of the data, and what they are from: a model of ours by name."""
     if options.data is None:
         return sorted(options.guidance_scales), "shapes-sd3"
     files = sorted(options.data.glob("rounds/*.json"))
@@ -87,7 +96,13 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str]:
         raise ConfigError(
             f"data and head must be of one model, got {', '.join(models)} in the data"
         )
-    return scales, models[0]
+    stock = [StockModel.of_round(each) for each in rounds if "pipeline" in each]
+    if stock and not all(each == stock[0] for each in stock) or 0 < len(stock) < len(rounds):
+        raise ConfigError(
+            "the rounds of the data must be of one pipeline and one call, got others in "
+            f"{options.data}"
+        )
+    return scales, stock[0] if stock else models[0]
 
 
 def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, Any]:
@@ -121,18 +136,44 @@ def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, A
     return given
 
 
+def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
+    """Return what loads one of our pipelines."""
+
+    def prepare(device: str) -> dict[str, Any]:
+        from core2_sampler.cli.loading import load_model, sampling_setup
+
+        pipe = load_model(model, device, "fp32")
+        tokens = model.check_tokens(options.max_sequence_length)
+        return sampling_setup(pipe, options.sampling_steps, tokens)
+
+    return prepare
+
+
+def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
+    """Return what loads a stock pipeline, and learns how it calls its network."""
+
+    def prepare(device: str) -> dict[str, Any]:
+        from core2_sampler.attachment.collecting import replay
+        from core2_sampler.trajectory import TrajectoryStore
+
+        records = TrajectoryStore(cast(Path, options.data)).records()
+        if not records:
+            raise ConfigError(f"data must hold trajectories, got none in {options.data}")
+        pipe = stock.load(device, "fp32")
+        with user_input():
+            return {"denoiser": replay(pipe, stock.arguments(), next(iter(records.values())))}
+
+    return prepare
+
+
 def _reflect(
-    options: ReflectOptions, model: ModelFiles, device: str, head_options: dict[str, Any]
+    options: ReflectOptions, model: str, setup: dict[str, Any], head_options: dict[str, Any]
 ) -> None:
-    """Load the model, train the head, save it with its card."""
-    from core2_sampler.cli.loading import load_model, sampling_setup
+    """Train the head in what was loaded, save it with its card."""
     from core2_sampler.reflect import reflect
     from core2_sampler.weak_heads import HEADS
     from core2_sampler.weak_heads.card import save_head
 
-    pipe = load_model(model, device, "fp32")
-    tokens = model.check_tokens(options.max_sequence_length)
-    setup = sampling_setup(pipe, options.sampling_steps, tokens)
     with user_input():
         head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
         report = reflect(
@@ -143,7 +184,7 @@ def _reflect(
             folder=options.output.with_name(options.output.name + ".run"),
             log=print,
         )
-    card = save_head(head, options.output, report, model=model.name)
+    card = save_head(head, options.output, report, model=model)
     print(f"{options.output}: {head.num_parameters()} parameters, card in {card}")
 
 

@@ -274,12 +274,15 @@ def test_a_guider_is_saved_with_its_head_by_folder(tmp_path):
     close(SD3.sample(pipe, guider.new()), wanted)
     assert far(SD3.sample(pipe, guider.new(core2="fast")), wanted)
     head.save_pretrained(tmp_path / "head")
-    CoRe2Guidance(SCALE, config, tmp_path / "head", pipe.scheduler).save_pretrained(tmp_path)
+    saved = CoRe2Guidance(SCALE, config, tmp_path / "head", pipe.scheduler)
+    saved.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "guider_config.json").read_text())["head"] == str(
         tmp_path / "head"
     )
     again = CoRe2Guidance.from_pretrained(tmp_path)
-    for one in (again, again.new(), CoRe2Guidance.from_config(again.config)):
+    spec = diffusers.modular_pipelines.ComponentSpec.from_component("guider", saved)
+    copies = (CoRe2Guidance.from_config(each.config) for each in (saved, again))
+    for one in (again, again.new(), spec.create(), *copies):
         assert torch.equal(SD3.sample(pipe, one), wanted)
     assert f"{tmp_path / 'head'}" in repr(again)
 
@@ -378,7 +381,7 @@ def test_a_run_that_ends_in_an_error_leaves_the_network_alone():
     [
         ({}, "head must be given"),
         ({"core2": "fastest"}, "did you mean 'fast'"),
-        ({"core2": Core2Config(mode="zigzag")}, "act on guidance alone"),
+        ({"core2": Core2Config(mode="zigzag", upstream=True)}, "act on guidance alone"),
         ({"core2": Core2Config(mode="cfg", scale_rule=lambda i, n: 2.0)}, "must be a text"),
         ({"core2": {"mode": "cfg", "scale_rule": "constant:3"}, "guidance_scale": 1.0}, "above 1"),
     ],

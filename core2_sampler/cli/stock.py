@@ -1,0 +1,116 @@
+"""A stock pipeline of diffusers on the command line: its class, its call, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core2_sampler.config import ConfigError, read_yaml, user_input
+from core2_sampler.model_files import model_source
+
+if TYPE_CHECKING:
+    from core2_sampler.trajectory import Record
+
+PIPELINE_HELP = (
+    "Class of diffusers to collect from, in place of ours, such as StableDiffusionPipeline; `auto` "
+    "is the one that the model names."
+)
+CALL_HELP = (
+    "With --pipeline: YAML file of further arguments of its call, an image as the path of its file."
+)
+
+_IMAGES = ("image", "mask_image", "control_image")
+
+_EACH = (*_IMAGES, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+"""Arguments of which a call takes one for each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class StockModel:
+    """A model and the pipeline that runs it.
+
+    Attributes:
+        model: an embedded model, a folder or a hub id.
+        pipeline: class of diffusers, or ``auto``.
+        call: further arguments of its call, as the YAML file has them.
+        steps: sampling steps.
+    """
+
+    model: str
+    pipeline: str
+    call: Mapping[str, Any]
+    steps: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a round of a store keeps of it."""
+        return {"model": self.model, "call": dict(self.call), "steps": self.steps}
+
+    @classmethod
+    def of_round(cls, settings: Mapping[str, Any]) -> StockModel:
+        """Return what a round of a store was collected from."""
+        return cls(*(settings[name] for name in ("model", "pipeline", "call", "steps")))
+
+    def load(self, device: str, dtype: str) -> Any:
+        """Load the pipeline onto a device, without bars and chatter.
+
+        Args:
+            device: from ``pick_device``.
+            dtype: of the weights: ``fp32``, ``fp16``, ``bf16`` or ``auto``.
+
+        Raises:
+            ConfigError: diffusers has no such class, or the model is not there or not for it.
+        """
+        import diffusers
+        import transformers
+
+        from core2_sampler.benchmarks.study import DTYPES, pick_dtype
+
+        name = "DiffusionPipeline" if self.pipeline == "auto" else self.pipeline
+        found = getattr(diffusers, name, None)
+        if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+            raise ConfigError(f"pipeline must be a pipeline class of diffusers, got {name!r}")
+        pipeline_class: Any = found
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        weights = DTYPES[pick_dtype(dtype, device)]
+        with user_input():
+            pipe = pipeline_class.from_pretrained(model_source(self.model), dtype=weights)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+
+    def arguments(self) -> Callable[[Sequence[Record]], dict[str, Any]]:
+        """Return the arguments of a call for some trajectories; images are read here.
+
+        Raises:
+            ConfigError: a file is no image.
+        """
+        with user_input():
+            given = {k: _image(v) if k in _IMAGES else v for k, v in self.call.items()}
+
+        def of(records: Sequence[Record]) -> dict[str, Any]:
+            each = {name: [given[name]] * len(records) for name in _EACH if name in given}
+            return {**given, **each, "num_inference_steps": self.steps}
+
+        return of
+
+
+def read_call(pipeline: str | None, file: Path | None) -> dict[str, Any]:
+    """Return the arguments of ``--call``.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is no pipeline to call.
+    """
+    if file is None:
+        return {}
+    if pipeline is None:
+        raise ConfigError(f"call has no effect without --pipeline, got {file}")
+    return read_yaml(file)
+
+
+def _image(path: str) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")

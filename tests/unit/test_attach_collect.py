@@ -1,0 +1,307 @@
+"""Collect from stock pipelines, and heads trained on it.
+
+Truth: our own Collect, the latents that the stock call shows its callback, the network itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+
+from core2_sampler import attached, testing
+from core2_sampler.attachment.collecting import collect_stock, replay
+from core2_sampler.attachment.networks import find_networks
+from core2_sampler.cli.stock import StockModel, read_call
+from core2_sampler.collect import CollectConfig, Job, collect, make_units
+from core2_sampler.config import ConfigError
+from core2_sampler.nfe import count_nfe
+from core2_sampler.reflect import ReflectConfig, reflect
+from core2_sampler.testing_more import STOCK
+from core2_sampler.trajectory import TrajectoryStore
+from core2_sampler.types import Conditioning
+from core2_sampler.weak_heads.adapter import AdapterHead
+from core2_sampler.weak_heads.tap import TapHead
+
+SCALE, SEEDS = 3.0, (1, 2)
+JOBS = [Job("a red circle", "one", SEEDS[0]), Job("two blue rings", "two", SEEDS[1])]
+CONFIG = {"guidance_scales": (SCALE,)}
+
+
+def arguments(stock):
+    """Return the call of a tiny pipeline for a unit; embeddings stand for the two prompts."""
+    texts = ("prompt", "negative_prompt")
+
+    def of(records):
+        rows = [SEEDS.index(record.seed) for record in records]
+
+        def pick(x):
+            listed = isinstance(x, list)
+            return [x[i] for i in rows] if listed else x[rows] if torch.is_tensor(x) else x
+
+        call = stock.arguments().items()
+        given = {n: pick(x) for n, x in call if n not in texts or x is None}
+        bare = {"prompt": None} if "prompt_embeds" in given else {}
+        return {**given, **bare, "num_inference_steps": stock.steps}
+
+    return of
+
+
+@functools.cache
+def built(name):
+    return STOCK[name].pipe()
+
+
+def run(stock, pipe, store, jobs=JOBS, policy=None, **config):
+    kept = CollectConfig(**{**CONFIG, **config})
+    return collect_stock(pipe, arguments(stock), jobs, store, kept, policy=policy)
+
+
+def rows_of(store, name):
+    rows = store.rows(lambda i: i == name)
+    return rows.take(torch.argsort(rows.take(torch.arange(len(rows))).step))
+
+
+def close(ours, truth, share=2e-3):
+    """Compare what was stored in halves, relative to the largest value."""
+    torch.testing.assert_close(ours, truth, atol=share * float(truth.abs().max()), rtol=0)
+
+
+def trained(head):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+PREFIXES = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+def test_a_stock_pipeline_stores_what_our_own_stores(family, tmp_path):
+    own = getattr(testing, f"tiny_{family}_pipeline")()
+    parts = {k: v for k, v in own.components.items() if k != "weak_head"}
+    stock = STOCK[f"{PREFIXES[family]}Pipeline"]
+    pipe = getattr(diffusers, stock.name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    ours, theirs = TrajectoryStore(tmp_path / "own"), TrajectoryStore(tmp_path / "stock")
+    run(stock, pipe, theirs, features=True)
+    schedule = own.family.schedule(own, stock.steps, (8, 8))
+    length = {} if family == "sdxl" else {"max_sequence_length": 8}
+    collect(
+        own.family.denoiser(own),
+        partial(own.family.encode, own, **length),
+        JOBS,
+        ours,
+        CollectConfig(**CONFIG, features=True),
+        sigmas=schedule.sigmas,
+        latent_shape=(4, 8, 8),
+        noise_scale=schedule.noise_scale,
+    )
+    assert theirs.records() == ours.records()
+    torch.testing.assert_close(theirs.settings(0)["sigmas"], ours.settings(0)["sigmas"])
+    for name in ("one", "two"):
+        left, right = rows_of(theirs, name), rows_of(ours, name)
+        for key, truth in right.tensors().items():
+            close(left.tensors()[key], truth)
+        assert float(right.gap.abs().max()) > 0.05 and right.features is not None
+    theirs.verify()
+
+
+ANEW = {
+    "FluxControlNetPipeline": "controlnet_block_samples",
+    "FluxKontextPipeline": "these latents and nothing else",
+    "ZImagePipeline": "which takes lists",
+}
+"""Pipelines whose passes cannot be made again, and why."""
+
+
+TASKS = ("StableDiffusionImg2Img", "StableDiffusionXLInpaint", "FluxInpaint", "FluxControlNet")
+EACH = {type(stock.network(built(name))): name for name, stock in reversed(STOCK.items())}
+
+
+@pytest.mark.parametrize("name", [*EACH.values(), *(f"{task}Pipeline" for task in TASKS)])
+def test_a_pass_can_be_made_again_from_what_was_stored(name, tmp_path):
+    stock, store = STOCK[name], TrajectoryStore(tmp_path)
+    pipe = built(name)
+    assert run(stock, pipe, store) == 2
+    rows = [rows_of(store, key) for key in ("one", "two")]
+    assert [each.step.tolist() for each in rows] == [[0, 1, 2]] * 2
+
+    @torch.no_grad()
+    def again(each, prompt):
+        record = next(iter(store.records().values()))
+        return replay(pipe, arguments(stock), record)(each.x, each.sigma, prompt.conditioning())
+
+    if name in ANEW:
+        with pytest.raises(ValueError, match=ANEW[name]):
+            again(rows[0], rows[0])
+        return
+    for each in rows:
+        close(again(each, each), each.cond, 1e-2)
+    own, other = again(rows[0], rows[0]), again(rows[0], rows[1])
+    assert float((other - own).abs().max()) > 1e-3 * float(own.abs().max())
+
+
+def test_the_gap_is_that_of_the_negative_prompt(tmp_path):
+    stock, store = STOCK["PixArtSigmaPipeline"], TrajectoryStore(tmp_path)
+    pipe = built(stock.name)
+    run(stock, pipe, store)
+    rows = rows_of(store, "two")
+    record = next(iter(store.records().values()))
+    negative = stock.arguments()["negative_prompt_embeds"][1:].expand(len(rows), -1, -1)
+    with torch.no_grad():
+        uncond = replay(pipe, arguments(stock), record)(
+            rows.x, rows.sigma, Conditioning(negative, rows.pooled, rows.extra)
+        )
+    close(rows.cond - uncond, rows.gap, 1e-2)
+
+
+def visited(stock, pipe, scale):
+    """Return the states of a run after its first, [steps - 1, B, ...]."""
+    states = []
+
+    def keep(_pipe, _i, _t, tensors):
+        states.append(tensors["latents"].clone())
+        return {}
+
+    prompts = {"prompt": [job.prompt for job in JOBS]}
+    if stock.scale != "guidance_scale":
+        prompts["negative_prompt"] = [""] * 2
+    else:
+        prompts["negative_prompt"] = None
+    stock.sample(pipe, scale, callback_on_step_end=keep, **prompts)
+    return torch.stack(states[:-1])
+
+
+def in_rows(stock, states):
+    if stock.name == "FluxPipeline":
+        return torch.stack([diffusers.FluxPipeline._unpack_latents(x, 8, 8, 1) for x in states])
+    return states
+
+
+DRIVEN = [
+    ("StableDiffusionPipeline", "cfg"),
+    ("StableDiffusionPipeline", "adapter"),
+    ("FluxPipeline", "cfg"),
+    ("FluxPipeline", "adapter"),
+    ("FluxPipeline", "tap"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), DRIVEN)
+def test_the_states_are_those_of_the_run_that_drives(name, kind, tmp_path):
+    stock = STOCK[name]
+    pipe, store, head = built(name), TrajectoryStore(tmp_path), None
+    if kind != "cfg":
+        made = {"adapter": (AdapterHead, {"scale_range": (2.0, 4.0)}), "tap": (TapHead, {})}
+        head_class, options = made[kind]
+        network = find_networks(pipe)[0]
+        head = trained(head_class.for_denoiser(network.denoiser or network, **options))
+    guided = TrajectoryStore(tmp_path / "cfg")
+    run(stock, pipe, guided)
+    if head is None:
+        store, states = guided, visited(stock, pipe, SCALE)
+    else:
+        run(stock, pipe, store, policy=head, round=1)
+        with attached(pipe, head=head, core2="fast"):
+            states = visited(stock, pipe, SCALE)
+        assert float((rows_of(store, "one").x - rows_of(guided, "one").x).abs().max()) > 0.05
+    for row, key in enumerate(("one", "two")):
+        close(rows_of(store, key).x[1:], in_rows(stock, states)[:, row])
+    first = [rows_of(each, "one").gap[:1] for each in (store, guided)]
+    close(*first)
+
+
+def test_a_finished_run_is_not_repeated_and_a_part_is_completed(tmp_path):
+    stock, store = STOCK["StableDiffusionImg2ImgPipeline"], TrajectoryStore(tmp_path)
+    pipe = built(stock.name)
+    assert run(stock, pipe, store, JOBS[:1], steps_per_trajectory=2) == 1
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    with count_nfe(pipe.unet) as counter:
+        assert run(stock, pipe, store, JOBS[:1], steps_per_trajectory=2) == 0
+    assert counter.calls == 0  # the pass that tells how the network is called comes to no end
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+    assert run(stock, pipe, store, steps_per_trajectory=2) == 1
+    assert [len(rows_of(store, key)) for key in ("one", "two")] == [2, 2]
+    with pytest.raises(ValueError, match="another round"):
+        run(stock, pipe, store, guidance_scales=(5.0,), steps_per_trajectory=2)
+    assert "_core2_attachment" not in vars(pipe)
+
+
+def test_a_head_that_was_trained_on_it_guides(tmp_path):
+    """One pass a step comes nearer to CFG than the prompt alone, for prompts it never saw."""
+    stock, store = STOCK["StableDiffusionPipeline"], TrajectoryStore(tmp_path)
+    pipe = built(stock.name)
+    jobs = [Job(f"{a} {b}", a + b, SEEDS[0]) for a in "abcd" for b in "fgh"]
+    run(stock, pipe, store, jobs)
+    record = next(iter(store.records().values()))
+    denoiser = replay(pipe, arguments(stock), record)
+    head = AdapterHead.for_denoiser(denoiser, reference_scale=SCALE, scale_range=(SCALE, SCALE))
+    config = ReflectConfig(
+        steps=30, batch_size=8, learning_rate=1e-2, precision="fp32", evaluations=1
+    )
+    report = reflect(head, store.source(0.25), config, denoiser=denoiser)
+    assert report.held_out[-1][1] < 0.8
+    new = {"prompt": ["k l", "m n"], "negative_prompt": None}
+    wanted, unguided = (stock.sample(pipe, scale, **new) for scale in (SCALE, 1.0))
+    with attached(pipe, head=head, core2="fast"):
+        ours = stock.sample(pipe, SCALE, **new)
+        assert pipe.core2_plan.nfe == 3
+    assert float((ours - wanted).square().mean() / (unguided - wanted).square().mean()) < 0.8
+
+
+def test_the_command_line_calls_it_as_its_file_says(tmp_path):
+    pipe, store = built("StableDiffusionImg2ImgPipeline"), TrajectoryStore(tmp_path / "data")
+    text = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    text.save_pretrained(tmp_path / "model")
+    STOCK["StableDiffusionXLInpaintPipeline"].arguments()["image"].save(tmp_path / "start.png")
+    file = tmp_path / "call.yaml"
+    file.write_text(f"image: {tmp_path}/start.png\nstrength: 0.75\nnegative_prompt: dim\n")
+    model = StockModel(
+        str(tmp_path / "model"), "StableDiffusionImg2ImgPipeline", read_call("auto", file), 4
+    )
+    call = model.arguments()(make_units(JOBS, CollectConfig(**CONFIG))[0])
+    assert call["negative_prompt"] == ["dim"] * 2 and len(call["image"]) == 2
+    assert (call["strength"], call["num_inference_steps"]) == (0.75, 4)
+    loaded = model.load("cpu", "fp32")
+    collect_stock(
+        loaded, model.arguments(), JOBS, store, CollectConfig(**CONFIG), about=model.facts()
+    )
+    assert StockModel.of_round(store.settings(0)) == model
+    assert len(rows_of(store, "one")) == 3
+    auto = StockModel(model.model, "auto", {}, 4).load("cpu", "auto")
+    assert type(auto) is diffusers.StableDiffusionPipeline
+    with pytest.raises(ConfigError, match="a pipeline class of diffusers, got 'DDIMScheduler'"):
+        StockModel(model.model, "DDIMScheduler", {}, 4).load("cpu", "fp32")
+    with pytest.raises(ConfigError, match="call has no effect without --pipeline"):
+        read_call(None, file)
+
+
+def test_what_cannot_be_collected_is_refused_before_anything_is_stored(tmp_path):
+    stock, store = STOCK["StableDiffusionPipeline"], TrajectoryStore(tmp_path)
+    pipe = built(stock.name)
+    with pytest.raises(ValueError, match="guidance_scales must be above 1"):
+        run(stock, pipe, store, guidance_scales=(1.0, 3.0))
+    with pytest.raises(ValueError, match="features are known of sdxl, sd3 and flux"):
+        run(stock, pipe, store, features=True)
+    with pytest.raises(ValueError, match="generator must be left to Collect"):
+        collect_stock(pipe, lambda _: {"generator": None}, JOBS, store, CollectConfig(**CONFIG))
+    wan = STOCK["WanPipeline"]
+    parts = wan.parts()
+    two = diffusers.WanPipeline(**parts, transformer_2=parts["transformer"], boundary_ratio=0.8)
+    with pytest.raises(ValueError, match="one network, got 2"):
+        run(wan, two, store)
+    parts = {
+        k: v
+        for k, v in testing.tiny_sdxl_pipeline(time_cond_proj_dim=8).components.items()
+        if k != "weak_head"
+    }
+    distilled = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    with pytest.raises(ValueError, match="must ask for the negative prompt"):
+        run(STOCK["StableDiffusionXLPipeline"], distilled, store)
+    assert not store.records() and not list(tmp_path.iterdir())

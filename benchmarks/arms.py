@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.plan import Core2Config, Mode, Plan
 from core2_sampler.registry import Registry
+
+if TYPE_CHECKING:
+    from core2_sampler.scales import SampleRule
 
 HEAD_MODES: tuple[Mode, ...] = ("core", "zcore", "zfast")
 """The modes that ask a weak head."""
@@ -32,11 +35,14 @@ class Arm:
         steps: sampling steps.
         guidance_scale: scale of CFG and of the head; 1 is no guidance.
         head: folder of a saved head, or the name of a control that needs no training.
-        slow_steps: how many steps, from the first, also pay for ``uncond``.
+        slow_steps: how many steps, from the first, or which ones, also pay for ``uncond``.
         w2s_scale: weak-to-strong scale of the slow steps; 1 is plain CFG.
         zig_steps: how many steps, from the first, are zigzag steps, in the modes that have them.
         inversion_scale: guidance scale that undoes a zigzag step.
         scale_rule: text of a rule that says each step's guidance scale, in place of the one.
+        sample_rule: picks each image's scale in each step while it runs. No key of an arm tells it:
+            `core2_sampler.benchmarks.ruled` keeps such images, and nothing else may.
+        evaluators: folders of what picks each image's scale in each step, with commas between.
     """
 
     name: str
@@ -44,11 +50,13 @@ class Arm:
     steps: int
     guidance_scale: float
     head: str | None = None
-    slow_steps: int = 0
+    slow_steps: int | tuple[int, ...] = 0
     w2s_scale: float = 1.0
     zig_steps: int = 0
     inversion_scale: float = 0.0
     scale_rule: str | None = None
+    sample_rule: SampleRule | None = None
+    evaluators: str | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise be ignored."""
@@ -73,7 +81,8 @@ class Arm:
 
     def config(self) -> Core2Config:
         """Return the value of the pipelines' ``core2=`` argument."""
-        settings: dict[str, Any] = {"mode": self.mode, "scale_rule": self.scale_rule}
+        rule = self.sample_rule or self.scale_rule
+        settings: dict[str, Any] = {"mode": self.mode, "scale_rule": rule}
         if self.mode in ZIG_MODES:
             settings |= {"zig_steps": self.zig_steps, "inversion_scale": self.inversion_scale}
         if self.mode == "core":
@@ -98,6 +107,7 @@ class ArmSpec:
         zig_share: modes of zigzag steps: share of the steps but the last that are such, in 0..1.
         inversion_scale: the same modes: guidance scale that undoes a step.
         scale_rule: makes the text of a scale rule of the study's guidance scale.
+        is_asking: whether the study's evaluators pick the scales.
         about: one line for the table's legend.
     """
 
@@ -110,8 +120,16 @@ class ArmSpec:
     zig_share: float = 1.0
     inversion_scale: float = 0.0
     scale_rule: Callable[[float], str] | None = None
+    is_asking: bool = False
 
-    def at(self, name: str, steps: int, guidance_scale: float, heads: Mapping[str, str]) -> Arm:
+    def at(
+        self,
+        name: str,
+        steps: int,
+        guidance_scale: float,
+        heads: Mapping[str, str],
+        evaluators: str | None = None,
+    ) -> Arm:
         """Return the arm at N = ``steps``.
 
         Args:
@@ -119,10 +137,13 @@ class ArmSpec:
             steps: the study's N.
             guidance_scale: the study's scale.
             heads: folder of each head that the study has, by name.
+            evaluators: folders of the study's evaluators, with commas between.
 
         Raises:
-            ValueError: if the arm would have no step, or its head is not among ``heads``.
+            ValueError: if the arm would have no step, or its head or evaluators are not there.
         """
+        if self.is_asking and not evaluators:
+            raise ValueError(f"arm {name!r} needs evaluators, got none: give --evaluators FOLDER")
         own_steps = int(steps * self.steps_share)
         if own_steps < 1:
             raise ValueError(
@@ -141,6 +162,7 @@ class ArmSpec:
             zigs,
             self.inversion_scale,
             None if self.scale_rule is None else self.scale_rule(guidance_scale),
+            evaluators=evaluators if self.is_asking else None,
         )
 
     def _head(self, name: str, heads: Mapping[str, str]) -> str | None:
@@ -209,6 +231,9 @@ for _name, _spec in {
     "cosine": ArmSpec(
         "cfg", "CFG, its scale falling by a cosine to 1", scale_rule=_anneal("cosine", up=False)
     ),
+    "online": ArmSpec(
+        "cfg", "CFG at the scale that evaluators pick in each step for each image", is_asking=True
+    ),
     "cosine-up": ArmSpec(
         "cfg", "CFG, its scale rising by a cosine from 1", scale_rule=_anneal("cosine", up=True)
     ),
@@ -233,7 +258,11 @@ SUITE_ARMS = ("cond", "cfg", "cfg-half", "last-gap", "fast", "balanced")
 
 
 def build_arms(
-    names: Sequence[str], steps: int, guidance_scale: float, heads: Mapping[str, str]
+    names: Sequence[str],
+    steps: int,
+    guidance_scale: float,
+    heads: Mapping[str, str],
+    evaluators: str | None = None,
 ) -> list[Arm]:
     """Return the named arms at N = ``steps``.
 
@@ -242,4 +271,5 @@ def build_arms(
     """
     if len(set(names)) < len(names):
         raise ValueError(f"every arm may be named once, got {list(names)}")
-    return [ARMS.get(name).at(name, steps, guidance_scale, heads) for name in names]
+    specs = {name: ARMS.get(name) for name in names}
+    return [s.at(n, steps, guidance_scale, heads, evaluators) for n, s in specs.items()]

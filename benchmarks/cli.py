@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from core2_sampler.benchmarks import suite_cli
 from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, build_arms
+from core2_sampler.benchmarks.dynamic_cfg import DynamicCfgConfig, bench_dynamic_cfg
+from core2_sampler.benchmarks.head_study import HeadsConfig, bench_heads
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
+from core2_sampler.benchmarks.merge import MergeConfig, bench_merge
 from core2_sampler.benchmarks.options import (
     BenchConfig,
     KneeConfig,
@@ -23,6 +26,7 @@ from core2_sampler.benchmarks.options import (
     command_line,
 )
 from core2_sampler.benchmarks.speed import SpeedConfig, bench_speed
+from core2_sampler.benchmarks.zigzag_study import ZigzagConfig, bench_zigzag
 from core2_sampler.config import ConfigError
 from core2_sampler.model_files import ModelFiles, find_model
 
@@ -107,6 +111,10 @@ COMMANDS: dict[str, tuple[type[Any], Any]] = {
     "shapes": (ShapesConfig, bench_shapes),
     "sweep": (SweepConfig, bench_sweep),
     "knee": (KneeConfig, bench_knee),
+    "heads": (HeadsConfig, bench_heads),
+    "zigzag": (ZigzagConfig, bench_zigzag),
+    "dynamic-cfg": (DynamicCfgConfig, bench_dynamic_cfg),
+    "merge": (MergeConfig, bench_merge),
     "speed": (SpeedConfig, bench_speed),
 }
 """Name of each command, the dataclass of its options, and the function that takes it."""
@@ -204,6 +212,21 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
         return [run(arm) for arm in arms]
 
 
+def about_study(config: StudyConfig, study: Study) -> dict[str, Any]:
+    """Return where the numbers of a study come from."""
+    from core2_sampler.benchmarks.report import provenance
+    from core2_sampler.info import pick_device
+
+    return provenance(
+        pick_device(config.device),
+        model=config.model,
+        dtype=config.dtype,
+        max_sequence_length=study.max_sequence_length,
+        prompts=f"{config.prompts} of split {config.split}",
+        seeds=list(range(config.seeds)),
+    )
+
+
 def _rows(
     study: Study, result: ArmResult, other: ArmResult | None, against: str, config: BenchConfig
 ) -> list[Row]:
@@ -214,17 +237,9 @@ def _rows(
 
 def _finish(config: BenchConfig, study: Study, rows: Sequence[Row], title: str, text: str) -> None:
     """Write the table and print it."""
-    from core2_sampler.benchmarks.report import markdown_table, provenance, write_table
-    from core2_sampler.info import pick_device
+    from core2_sampler.benchmarks.report import markdown_table, write_table
 
-    about = provenance(
-        pick_device(config.study.device),
-        model=config.study.model,
-        dtype=config.study.dtype,
-        max_sequence_length=study.max_sequence_length,
-        prompts=f"{config.study.prompts} of split {config.study.split}",
-        seeds=list(range(config.study.seeds)),
-    )
+    about = about_study(config.study, study)
     page = f"{text}\n\n{NOTES}"
     files = write_table(config.out, rows, title=title, provenance=about, text=page)
     print(markdown_table(rows), text, f"Wrote {files[0]} and {files[1]}", sep="\n\n")

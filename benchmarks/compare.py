@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.stats import (
     Estimate,
     WinRate,
-    holm,
     mean_estimate,
     minimum_detectable_effect,
     sign_flip_p,
@@ -33,7 +31,7 @@ class Comparison:
         p_value: of no difference, two-sided.
         wins: prompts won, lost and tied.
         detectable: the smallest true difference that this run would find 4 times in 5.
-        p_holm: ``p_value`` after Holm's correction over the run; a random judge has none.
+        p_holm: ``p_value`` after Holm's correction over the report; a random judge has none.
     """
 
     metric: Metric
@@ -47,24 +45,17 @@ class Comparison:
 
 
 def comparisons(metrics: Sequence[Metric]) -> list[Comparison]:
-    """Compare every arm of a run with its references, and correct for their number.
+    """Compare every arm of a run with its references.
 
     Args:
-        metrics: all metrics of one run: Holm's correction is over its arms and metrics together.
-            Over suites as well, no p-value of ``sign_flip_p`` would be small enough.
+        metrics: all metrics of one run.
     """
-    found = [
+    return [
         _compare(metric, arm, reference)
         for metric in metrics
         for arm in metric.arms
         for reference in metric.arms
         if reference.entry in metric.run.references(arm.entry)
-    ]
-    counted = [each for each in found if not each.metric.is_meaningless]
-    corrected = iter(holm([each.p_value for each in counted]))
-    return [
-        each if each.metric.is_meaningless else dataclasses.replace(each, p_holm=next(corrected))
-        for each in found
     ]
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,10 @@ from core2_sampler.weak_heads.base import WeakHead
 
 COMMAND = "python -m core2_sampler.benchmarks.full_size"
 TABLE = Path("docs/results/full-size.md")
-TABLE_HEADS = ("adapter", "tap")
+TABLE_HEADS = ("adapter", "conv", "patch", "tap")
+
+OF_FAMILY = {"sdxl": "sdxl", "sd3": "sd35-large", "flux": "flux-dev"}
+"""The published network that a family's heads are measured on."""
 
 TEXT = """\
 One pass of the denoiser for one image of 1024 x 1024 px, on the real configurations without their
@@ -39,7 +43,8 @@ else is counted. Attention is the products of queries, keys and values. The prom
 for SDXL, 77 + 256 for SD3.5, 512 for FLUX.1-dev and 256 for FLUX.1-schnell.
 
 A head's share is what it adds to a pass, with the head's defaults: an adapter of rank 8 beside the
-weights (merged into them it adds nothing), a tap head of width 128 with 2 layers. Counted on
+weights (merged into them it adds nothing), a conv head of widths 64, 128 and 128, a patch head of
+width 256 with 4 layers on 4 x 4 latents a token, a tap head of width 128 with 2 layers. Counted on
 untrained heads: the table says what they cost, not what they are worth."""
 
 
@@ -77,15 +82,17 @@ def build_denoiser(model: FullSize) -> Denoiser:
     return SDXLDenoiser(network, Clock.of(EulerDiscreteScheduler(), torch.device("meta")))
 
 
-def build_head(name: str, denoiser: Denoiser) -> WeakHead:
+def build_head(kind: str | type[WeakHead], denoiser: Denoiser, **options: Any) -> WeakHead:
     """Return an untrained weak head that fits the denoiser, on the meta device.
 
     Args:
-        name: of a head in `core2_sampler.weak_heads.HEADS`.
+        kind: of the head; or its name in `core2_sampler.weak_heads.HEADS`.
         denoiser: from `build_denoiser`.
+        options: of the head, which do not follow from the denoiser.
     """
+    made = HEADS.get(kind) if isinstance(kind, str) else kind
     with torch.device("meta"):
-        return HEADS.get(name).for_denoiser(denoiser)
+        return made.for_denoiser(denoiser, **options)
 
 
 def denoiser_cost(denoiser: Denoiser, call: Call) -> Cost:
@@ -139,6 +146,35 @@ def measure(model: FullSize, heads: tuple[str, ...] = TABLE_HEADS) -> dict[str, 
     plain = denoiser_cost(denoiser, call)
     added = {name: head_cost(build_head(name, denoiser), denoiser, call, plain) for name in heads}
     return {"denoiser": plain, **added}
+
+
+def share_at_full_size(head: WeakHead, denoiser: Denoiser) -> float:
+    """Return what a head like this one adds to a pass of the published network of its family.
+
+    Args:
+        head: a head of any size; what sets it apart from an untrained one counts at full size too.
+        denoiser: what it was made for.
+
+    Returns:
+        FLOPs over those of the pass; nan for an adapter on other layers than the usual ones.
+    """
+    usual = type(head).for_denoiser(denoiser).config
+    options = {
+        key: value
+        for key, value in head.config.items()
+        if key in usual and not key.startswith("_") and value != usual[key]
+    }
+    if "layers" in options:
+        return math.nan
+    large, call, plain = _published(OF_FAMILY[denoiser.family])
+    added = head_cost(build_head(type(head), large, **options), large, call, plain)
+    return added.flops / plain.flops
+
+
+@cache
+def _published(name: str) -> tuple[Denoiser, Call, Cost]:
+    denoiser, call = build_denoiser(FULL_SIZE.get(name)), example_call(FULL_SIZE.get(name))
+    return denoiser, call, denoiser_cost(denoiser, call)
 
 
 def rows_of(costs: Mapping[str, Mapping[str, Cost]]) -> list[Row]:

@@ -55,6 +55,7 @@ def is_plain(arm: Arm) -> bool:
     steps = set(arm.plan(in_model=False).steps)
     (step, *others) = steps
     plain = not others and step.kind in ("cond", "cfg") and step.inversion is None
+    plain = plain and arm.evaluators is None
     return plain and beside_plan(arm.config()) == beside_plan(Core2Config())
 
 

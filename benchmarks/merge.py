@@ -57,7 +57,8 @@ def read_rows(file: Path) -> list[Sourced]:
 
 
 def _row(record: dict[str, Any]) -> Row:
-    return Row(**{name: math.nan if value is None else value for name, value in record.items()})
+    numbers: dict[str, Any] = {name: math.nan for name, value in record.items() if value is None}
+    return Row(**record | numbers)
 
 
 def _block(rows: Iterable[Sourced]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,9 @@ class GenerateConfig:
     heads: tuple[str, ...] = option(
         (), help="Folders of heads: tap=FOLDER,adapter=FOLDER; the model's own is known."
     )
+    evaluators: tuple[str, ...] | None = option(
+        None, help="Evaluators of the arm online: folders, or kinds of the shipped ones."
+    )
     steps: tuple[int, ...] | None = option(
         None, help="Number of steps N, or several; by default 28.", min=1
     )
@@ -188,28 +192,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportConfig:
-    """Options of ``core2 bench export``."""
-
-    layout: Literal["geneval", "t2icompbench", "hpsv2"] = option(
-        help="Whose file names: geneval, t2icompbench or hpsv2."
-    )
-    to: Path = option(help="Folder for the copies, one folder in it for each arm.")
-    out: Path = OUT
-
-
-@dataclass(frozen=True, slots=True)
-class ImportConfig:
-    """Options of ``core2 bench import``."""
-
-    results: Path = option(help="The results.jsonl that GenEval's own evaluator wrote.")
-    images: Path = option(
-        help="The folder that it judged: one arm's, as `core2 bench export --layout geneval` made."
-    )
-    out: Path = OUT
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrateConfig:
     """Options of ``core2 bench calibrate-geneval``."""
 
@@ -237,7 +219,8 @@ class DoctorConfig:
 
 def command_line(config: Any) -> str:
     """Return the command that makes the table again: the options that are not the defaults."""
-    name = type(config).__name__.removesuffix("Config").lower()
+    words = re.findall("[A-Z][a-z]+", type(config).__name__.removesuffix("Config"))
+    name = "-".join(words).lower()
     return shlex.join(["core2", "bench", name, *_words(config)])
 
 

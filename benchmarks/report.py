@@ -136,7 +136,12 @@ def write_rows(path: Path, rows: Iterable[tuple[Row, Mapping[str, Any]]]) -> Non
 
 def provenance_notes(provenance: Mapping[str, Any]) -> str:
     """Return provenance as a Markdown list."""
-    return "\n".join(f"- {key}: {_note(value)}" for key, value in provenance.items())
+    return "\n".join(f"- {key}: {text}" for key, text in provenance_facts(provenance).items())
+
+
+def provenance_facts(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return provenance as texts, by what each is of."""
+    return {key: _note(value) for key, value in provenance.items()}
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -159,38 +164,54 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def contact_sheet(
-    pairs: Sequence[Sequence[Image.Image]], captions: Sequence[str], *, side: int = 160
+    pairs: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    *,
+    side: int = 160,
+    columns: int = 1,
 ) -> Image.Image:
-    """Draw one line per entry: its images side by side, its caption above.
+    """Draw each entry: its images side by side, its caption above.
 
     Args:
-        pairs: images of each line, equally many.
-        captions: one text per line.
+        pairs: images of each entry, equally many.
+        captions: one text per entry.
         side: drawn side of an image, pixels.
+        columns: entries in a line.
 
     Raises:
-        ValueError: if nothing is given or the numbers of lines and captions differ.
+        ValueError: if nothing is given or the numbers of entries and captions differ.
     """
     if not pairs or len(pairs) != len(captions):
         raise ValueError(
             f"every line needs one caption, got {len(pairs)} lines and {len(captions)} captions"
         )
     text_height, margin = 14, 4
-    width = max(max(map(len, pairs)) * (side + margin), 3 * side)
+    width = max(max(map(len, pairs)) * (side + margin), 2 * (side + margin)) + 4 * margin
     letters = width // 6  # of the default font
     texts = [textwrap.wrap(" ".join(caption.split()), letters) or [""] for caption in captions]
-    heights = [text_height * len(text) + side + 2 * margin for text in texts]
-    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    lines = [range(k, min(k + columns, len(pairs))) for k in range(0, len(pairs), columns)]
+    heights = [max(len(texts[k]) for k in line) * text_height for line in lines]  # of captions
+    height = sum(heights) + len(lines) * (side + 3 * margin)
+    sheet = Image.new("RGB", (width * min(columns, len(pairs)), height), "white")
     draw = ImageDraw.Draw(sheet)
-    for line, (images, text) in enumerate(zip(pairs, texts, strict=True)):
-        top = sum(heights[:line])
-        for row, words in enumerate(text):
-            draw.text((2, top + 2 + row * text_height), words, fill="black")
-        for column, image in enumerate(images):
-            kind = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
-            scaled = image.convert("RGB").resize((side, side), kind)
-            sheet.paste(scaled, (column * (side + margin), top + text_height * len(text) + margin))
+    top = 0
+    for line, tall in zip(lines, heights, strict=True):
+        for left, k in zip(range(0, sheet.width, width), line, strict=False):
+            for row, words in enumerate(texts[k]):
+                draw.text((left + 2, top + 2 + row * text_height), words, fill="black")
+            for column, image in enumerate(pairs[k]):
+                place = (left + column * (side + margin), top + tall + margin)
+                sheet.paste(_scaled(image, side), place)
+        top += tall + side + 3 * margin
     return sheet
+
+
+def _scaled(image: Image.Image, side: int) -> Image.Image:
+    """Return an image that fits into a square, in its own proportions."""
+    kind = Image.Resampling.LANCZOS if max(image.size) > side else Image.Resampling.NEAREST
+    scale = side / max(image.size)
+    size = [max(1, round(scale * length)) for length in image.size]
+    return image.convert("RGB").resize((size[0], size[1]), kind)
 
 
 def _label(metric: str) -> str:

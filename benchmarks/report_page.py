@@ -8,13 +8,16 @@ from typing import Any
 
 from core2_sampler.benchmarks.calibration import agreements
 from core2_sampler.benchmarks.compare import Comparison, comparison_rows, comparisons, value_rows
+from core2_sampler.benchmarks.correction import correct
 from core2_sampler.benchmarks.judges import without_judge
 from core2_sampler.benchmarks.measured import Metric, declared, measure_run
-from core2_sampler.benchmarks.report import Row, provenance_notes, write_rows
+from core2_sampler.benchmarks.report import Row, provenance_facts, write_rows
 from core2_sampler.benchmarks.report_findings import (
     cost_note,
     findings,
     floor_note,
+    imported_note,
+    same_note,
     small_note,
 )
 from core2_sampler.benchmarks.report_plots import (
@@ -48,13 +51,15 @@ NOTES = (
     "Shares of right images are percent, their differences points; other scores are in their own "
     "unit.",
     "Differences are paired image by image on the same initial latents. p is of a sign-flip test "
-    "over prompts, two-sided; p (Holm) is corrected for all comparisons of one suite and model.",
+    "over prompts, two-sided; p (Holm) is corrected for all comparisons of this report: "
+    "arms, metrics, suites and models together.",
     "Win rates count prompts, with Wilson's intervals: strict has ties as lost, half as half a "
     "win.",
     "Detectable is the smallest true difference whose interval the run would place beside 0 four "
     "times in five, before any correction for several comparisons; none where nothing varies.",
     "An image that could not be generated has the lowest score of all, and is never left out.",
-    "s/image is wall time with the VAE and without the text encoders.",
+    "s/image is wall time with the VAE and without the text encoders, but with warm-up and "
+    "whatever else ran: `core2 bench speed` is what measures time.",
     "Effective scale is the guidance scale that a method's runs really have, orthogonal the share "
     "of its guidance that no scale can imitate. NAME-matched is CFG at that scale with the "
     "method's NFE, rounded down to whole steps (GA-Eval, arXiv 2602.22570).",
@@ -80,15 +85,15 @@ def write_report(out: Path, sheet: int) -> str:
     if not any(own for _, own, _ in measured):
         lacks = "; ".join(text for _, _, missing in measured for text in missing)
         raise ValueError(f"a run must have all its images and scores, got none such: {lacks}")
-    compared: list[Comparison] = []
-    rows: dict[int, list[list[Row]]] = {}
+    compared = correct([each for _, own, _ in measured for each in comparisons(own)])
+    rows = {id(metric): value_rows(metric) for _, own, _ in measured for metric in own}
     sections: list[Section] = []
     for run, own, missing in measured:
-        against = comparisons(own)
-        compared += against
-        rows |= {id(metric): value_rows(metric) for metric in own}
+        against = [each for each in compared if each.metric.run is run]
         pictures = _pictures(out, own, against, rows, sheet)
-        sections.append(_section(out, run, own, against, rows, pictures, missing))
+        notes = [*floor_note(against, sum(each.p_holm is not None for each in compared))]
+        notes += _notes(out, run, own)
+        sections.append(_section(run, own, against, rows, pictures, missing, notes))
     metrics = [metric for _, own, _ in measured for metric in own]
     metrics.sort(key=lambda metric: not metric.is_primary)
     sections.append(Section("How to read it", notes=NOTES))
@@ -104,7 +109,9 @@ def write_report(out: Path, sheet: int) -> str:
 
 def _write_pictures(folder: Path, sections: Sequence[Section]) -> None:
     """Write what the Markdown shows, and remove what an earlier report has shown."""
-    pictures = {folder / each.file: each.data for section in sections for each in section.pictures}
+    shown = [picture for section in sections for picture in section.pictures]
+    pictures = {folder / each.file: each.data for each in shown}
+    pictures |= {folder / each.printed: each.pdf for each in shown if each.pdf}
     for path in (folder / "pictures").glob("*"):
         if path not in pictures:
             path.unlink()
@@ -146,41 +153,39 @@ def _summary(sections: Sequence[Section], base: Path) -> str:
 
 
 def _section(
-    out: Path,
     run: Run,
     metrics: Sequence[Metric],
     compared: Sequence[Comparison],
     rows: dict[int, list[list[Row]]],
     pictures: Sequence[Picture],
     missing: Sequence[str],
+    notes: Sequence[str],
 ) -> Section:
     """Return a run's part: how its arms score and compare, and what it is."""
-    suite = SUITES.get(run.suite)
     images = f"{len(run.prompts)} prompts x {len(run.seeds)} seed{'s' * (len(run.seeds) > 1)}"
     title = f"{run.suite} with {run.settings['model']}: {images}"
     if not metrics:
-        return Section(title, missing, notes=_origins(run))
+        return Section(title, missing, notes=notes)
     hollow, other = findings(run, compared)
     tables = [score_table(metric, rows[id(metric)]) for metric in metrics]
     tables += [comparison_table(run, compared)] if compared else []
     tables += [task_table(m, rows[id(m)]) for m in metrics if len(rows[id(m)][0]) > 1]
-    notes = [
-        *floor_note(compared),
+    warnings = [*_warnings(run, metrics, compared, missing), *hollow]
+    return Section(title, warnings, [*other, *same_note(metrics[0])], tables, pictures, notes)
+
+
+def _notes(out: Path, run: Run, metrics: Sequence[Metric]) -> list[str]:
+    """Return where a run and its scores come from."""
+    suite = SUITES.get(run.suite)
+    return [
         *cost_note(run),
         f"{suite.about}; licence: {suite.licence}",
         f"{len(run.prompts)} of {suite.size} prompts, seeds {', '.join(map(str, run.seeds))}",
+        f"run {run.name}",
         *(f"key of {metric.name}: {metric.key}" for metric in metrics),
         *(text for metric in metrics for text in agreements(out, metric.key)),
         *_origins(run),
     ]
-    return Section(
-        title,
-        [*_warnings(run, metrics, compared, missing), *hollow],
-        other,
-        tables,
-        pictures,
-        notes,
-    )
 
 
 def _warnings(
@@ -210,21 +215,23 @@ def _warnings(
         )
     if text := without_judge(run.suite, [prompt.task for prompt in run.prompts]):
         warnings.append(f"{text}.")
-    warnings += small_note(metrics)
+    warnings += [*imported_note(run), *small_note(metrics)]
     if not compared:
         warnings.append(f"Without an arm {REFERENCE} at the same N and scale nothing is compared.")
     return warnings
 
 
 def _origins(run: Run) -> list[str]:
-    """Return what made the arms, once for all arms that have it in common."""
-    arms: dict[str, list[str]] = {}
+    """Return what made the arms, each fact once with the arms that it holds for."""
+    facts: dict[str, dict[str, list[str]]] = {}
     for entry in run.arms:
-        notes = f"made by `{entry.command}`\n{provenance_notes(entry.provenance)}"
-        arms.setdefault(notes.replace("\n- ", "; "), []).append(run.short_name(entry))
+        own = {"made by": f"`{entry.command}`", **provenance_facts(entry.provenance)}
+        for key, text in own.items():
+            facts.setdefault(key, {}).setdefault(text, []).append(run.short_name(entry))
     return [
-        f"{'all arms' if len(arms) == 1 else ', '.join(names)}: {notes}"
-        for notes, names in arms.items()
+        f"{key}: {text}" if len(names) == len(run.arms) else f"{key}, {', '.join(names)}: {text}"
+        for key, texts in facts.items()
+        for text, names in texts.items()
     ]
 
 

@@ -4,83 +4,110 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core2_sampler.benchmarks.compare import Comparison
-from core2_sampler.benchmarks.matching import is_plain
 from core2_sampler.benchmarks.measured import Measured, Metric
 from core2_sampler.benchmarks.report import Row, contact_sheet
 from core2_sampler.benchmarks.report_render import Picture
-from core2_sampler.benchmarks.runs import MATCHED, store_of
+from core2_sampler.benchmarks.runs import MATCHED, RunArm, store_of
 
-_SVG = "image/svg+xml"
 _MARKERS = "osD^v<>PX*"
+_DASHES = ("-", "--", "-.", ":")
+_GRAYS = {"cfg": "black", "cond": "0.55"}
+_TAB20 = (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)  # strong first, no grays
 
 
-def quality_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture:
-    """Draw a metric against NFE: a point with its interval for each arm, a band for several N."""
-    figure, axes = _figure(9, 4)
+def quality_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
+    """Draw a metric against NFE: a point with its interval for each arm, a band for several N.
+
+    None where no arm's NFE is known, as images from elsewhere may have none.
+    """
     by_name: dict[str, list[Row]] = {}
     for own in rows:
-        by_name.setdefault(own[0].arm, []).append(own[0])
+        if math.isfinite(own[0].nfe):
+            by_name.setdefault(own[0].arm, []).append(own[0])
+    if not by_name:
+        return None
+    figure, axes = _figure(9, 4.5)
     for name, points in by_name.items():
         points.sort(key=lambda row: row.nfe)
         nfe, values, low, high = _columns(metric, points)
-        nfe = [x + _aside(rows, name, x) for x in nfe]
-        color, marker = _look(metric, name)
-        axes.plot(nfe, values, marker=marker, color=color, label=name)
-        axes.vlines(nfe, low, high, color=color, linewidth=1)
-        axes.fill_between(nfe, low, high, color=color, alpha=0.15, linewidth=0)
+        nfe = [x + _aside(by_name, name, x) for x in nfe]
+        look = _look(metric, name)
+        axes.plot(nfe, values, **look, linewidth=1)
+        axes.vlines(nfe, low, high, color=look["color"], linewidth=1)
+        if not name.endswith(MATCHED):
+            axes.fill_between(nfe, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="denoiser evaluations of an image (NFE)", ylabel=_unit(metric))
-    figure.legend(loc="outside right upper", fontsize="small")
     title = f"{metric.name} against NFE, 95 % intervals; arms of equal NFE stand side by side"
-    return Picture(title, _SVG, _svg(figure))
+    return _finished(figure, axes, title)
 
 
-def _aside(rows: Sequence[Sequence[Row]], name: str, nfe: float) -> float:
+def _aside(by_name: Mapping[str, Sequence[Row]], name: str, nfe: float) -> float:
     """Return how far from its NFE a point is drawn, so that equal ones do not hide each other."""
-    equal = list(dict.fromkeys(own[0].arm for own in rows if own[0].nfe == nfe)) or [name]
-    widest = float(np.nanmax([own[0].nfe for own in rows]))
+    equal = [other for other, points in by_name.items() if any(row.nfe == nfe for row in points)]
+    widest = max(row.nfe for points in by_name.values() for row in points)
     return (equal.index(name) - (len(equal) - 1) / 2) * widest / 120
 
 
-def _look(metric: Metric, name: str) -> tuple[Any, str]:
-    """Return the color and marker that an arm has in every plot of a run."""
+def _look(metric: Metric, name: str) -> dict[str, Any]:
+    """Return how an arm is drawn in every plot of a run; hollow is CFG that is matched to it."""
     from matplotlib import colormaps
 
-    index = list(dict.fromkeys(arm.entry.arm.name for arm in metric.arms)).index(name)
-    return colormaps["tab20"](index % 20), _MARKERS[index % len(_MARKERS)]
+    method = name.removesuffix(MATCHED)
+    names = list(dict.fromkeys(arm.entry.arm.name.removesuffix(MATCHED) for arm in metric.arms))
+    colored = [each for each in names if each not in _GRAYS]
+    color = _GRAYS.get(method) or colormaps["tab20"](_TAB20[colored.index(method) % len(_TAB20)])
+    look = {"color": color, "marker": _MARKERS[names.index(method) % len(_MARKERS)]}
+    if name == method:
+        return look | {"label": name}
+    return look | {"markerfacecolor": "white", "linestyle": ":"}
+
+
+def _tone(metric: Metric, entry: RunArm) -> float:
+    """Return the opacity that tells arms of one name at several N or scales apart."""
+    groups = list(dict.fromkeys(arm.entry.group for arm in metric.arms))
+    return 1 - 0.7 * groups.index(entry.group) / len(groups)
 
 
 def scale_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
-    """Draw a metric against the effective guidance scale: CFG as dots, methods as points.
+    """Draw a metric against the effective guidance scale: CFG as a curve, methods as points.
 
-    A gain that is more than guiding harder lies above the dots. None where nothing was measured.
+    A gain that is more than guiding harder lies above the curve, and above CFG at the method's own
+    NFE. None where nothing was measured.
     """
     if all(arm.entry.effective_scale is None for arm in metric.arms):
         return None
-    figure, axes = _figure(9, 4)
-    plain: list[tuple[float, float]] = []
+    figure, axes = _figure(9, 4.5)
+    curves: dict[int, list[Row]] = {}
     for arm, (own, *_) in zip(metric.arms, rows, strict=True):
-        _, values, low, high = _columns(metric, [own])
-        if arm.entry.effective_scale is not None:
-            scale = [arm.entry.effective_scale]
-            color, marker = _look(metric, own.arm)
-            name = metric.run.short_name(arm.entry)
-            axes.plot(scale, values, marker, color=color, label=name)
-            axes.vlines(scale, low, high, color=color, linewidth=1)
-        elif is_plain(arm.entry.arm):
-            plain.append((own.guidance_scale, values[0]))
-    if plain:
-        axes.plot(*zip(*sorted(plain), strict=True), "k.", label="cond and CFG, any NFE")
+        entry = arm.entry
+        if entry.arm.name in _GRAYS:
+            curves.setdefault(entry.of_steps, []).append(own)
+            continue
+        is_matched = entry.arm.name.endswith(MATCHED)
+        scale = own.guidance_scale if is_matched else entry.effective_scale
+        if scale is not None:
+            _, values, low, high = _columns(metric, [own])
+            look = _look(metric, own.arm)
+            label = None if is_matched else metric.run.short_name(entry)
+            look |= {"linestyle": "", "label": label, "alpha": _tone(metric, entry)}
+            axes.plot([scale], values, **look)
+            axes.vlines([scale], low, high, color=look["color"], linewidth=1)
+    for k, (steps, points) in enumerate(sorted(curves.items())):
+        points.sort(key=lambda row: row.guidance_scale)
+        _, values, low, high = _columns(metric, points)
+        scales = [row.guidance_scale for row in points]
+        axes.plot(scales, values, "k.", ls=_DASHES[k % 4], label=f"cond and CFG, {steps} steps")
+        axes.fill_between(scales, low, high, color="black", alpha=0.08, linewidth=0)
     axes.set(xlabel="effective guidance scale", ylabel=_unit(metric))
-    figure.legend(loc="outside right upper", fontsize="small")
     title = f"{metric.name} against the effective guidance scale, 95 % intervals"
-    return Picture(title, _SVG, _svg(figure))
+    return _finished(figure, axes, title)
 
 
 def task_bars(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
@@ -91,17 +118,16 @@ def task_bars(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
     both = zip(metric.arms, rows, strict=True)
     shown = [(arm.entry, own) for arm, own in both if not arm.entry.arm.name.endswith(MATCHED)]
     width = 0.8 / len(shown)
-    figure, axes = _figure(4 + 0.15 * len(tasks) * (len(shown) + 2), 4)
+    figure, axes = _figure(min(16, 4 + 0.15 * len(tasks) * (len(shown) + 2)), 4.5)
     for k, (entry, own) in enumerate(shown):
         _, values, low, high = _columns(metric, own[1:])
         places = np.arange(len(tasks)) + (k - (len(shown) - 1) / 2) * width
-        color, _ = _look(metric, entry.arm.name)
-        axes.bar(places, values, width, color=color, label=metric.run.short_name(entry))
-        axes.vlines(places, low, high, color="black", linewidth=0.8)
+        look = {"color": _look(metric, entry.arm.name)["color"], "alpha": _tone(metric, entry)}
+        axes.bar(places, values, width, label=metric.run.short_name(entry), **look)
+        axes.vlines(places, low, high, color="0.5", linewidth=1)
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axes.set(ylabel=_unit(metric))
-    figure.legend(loc="outside right upper", fontsize="small")
-    return Picture(f"{metric.name} by task, 95 % intervals", _SVG, _svg(figure))
+    return _finished(figure, axes, f"{metric.name} by task, 95 % intervals")
 
 
 def contact_sheets(out: Path, found: Comparison, count: int) -> list[Picture]:
@@ -127,15 +153,21 @@ def contact_sheets(out: Path, found: Comparison, count: int) -> list[Picture]:
 
 
 def _sheet(out: Path, found: Comparison, chosen: Sequence[int], change: Any) -> bytes:
-    """Draw one line for each chosen case: the reference's image, then the arm's."""
-    pairs = [[_image(out, m, i) for m in (found.reference, found.arm)] for i in chosen]
+    """Draw the reference's and the arm's image of each chosen case, two cases side by side."""
+    both = (found.reference, found.arm)
+    pairs = [[_image(out, each, i) for each in both] for i in chosen]
+    names = [found.metric.run.short_name(each.entry) for each in both]
     captions = []
     for i in chosen:
+        won = f"{names[int(change[i] > 0)]} better"
+        if not found.metric.is_share:
+            won += f" by {abs(change[i]):.3g}"
         reason = found.arm.reasons[i] or found.reference.reasons[i]
-        text = f"{change[i]:+.3g} | {found.metric.cases[i].prompt.text}"
-        captions.append(f"{text} | {reason}" if reason else text)
+        parts = [f"{names[0]} | {names[1]}", won, found.metric.cases[i].prompt.text, reason]
+        captions.append(": ".join(part for part in parts if part))
+    side = 160 if max(pairs[0][0].size) <= 160 else 256
     buffer = io.BytesIO()
-    contact_sheet(pairs, captions).save(buffer, format="PNG")
+    contact_sheet(pairs, captions, side=side, columns=2).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -172,11 +204,22 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _svg(figure: Any) -> bytes:
-    """Return the file of a figure; the same figure is the same file."""
+def _finished(figure: Any, axes: Any, title: str) -> Picture:
+    """Return a figure with its legend; the same figure is the same files."""
     from matplotlib import rc_context
+    from matplotlib.lines import Line2D
 
-    buffer = io.BytesIO()
+    handles, _ = axes.get_legend_handles_labels()
+    if any(line.get_markerfacecolor() == "white" for line in axes.lines):
+        hollow = Line2D([], [], color="gray", marker="o", markerfacecolor="white", linestyle=":")
+        hollow.set_label("CFG matched (GA-Eval)")
+        handles.append(hollow)
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    svg, pdf = io.BytesIO(), io.BytesIO()
     with rc_context({"svg.hashsalt": "core2"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    return Picture(title, "image/svg+xml", svg.getvalue(), pdf.getvalue())

@@ -27,7 +27,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
+.text { text-align: left }
 .warning { background: #fdecea; border-left: 4px solid #c0392b; padding: .5rem 1rem }
 img { max-width: 100% }
 """
@@ -35,26 +35,40 @@ img { max-width: 100% }
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; the first column is text, the others are numbers."""
+    """A table: first so many columns of ``texts``, then numbers."""
 
     caption: str
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
+    texts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a report: its caption, media type such as ``image/png``, and file content."""
+    """A picture of a report.
+
+    Attributes:
+        caption: its caption.
+        kind: media type such as ``image/png``.
+        data: content of its file.
+        pdf: the same for LaTeX, where that cannot read ``kind``.
+    """
 
     caption: str
     kind: str
     data: bytes
+    pdf: bytes = b""
 
     @property
     def file(self) -> str:
         """Where it lies beside a Markdown report."""
         ending = self.kind.removeprefix("image/").partition("+")[0]
         return f"pictures/{hashlib.sha256(self.data).hexdigest()[:12]}.{ending}"
+
+    @property
+    def printed(self) -> str:
+        """Where LaTeX finds it."""
+        return f"{self.file.rpartition('.')[0]}.pdf" if self.pdf else self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,7 @@ class Section:
         warnings: what must not be overlooked.
         findings: what the tables show, a sentence each.
         tables: its tables.
-        pictures: not in LaTeX.
+        pictures: its pictures.
         notes: where it comes from, a fact each.
     """
 
@@ -100,35 +114,68 @@ def markdown_lines(table: Table) -> str:
     """Return a table's lines in Markdown, aligned so that they can be read as they are."""
     lines = [_cells(line, _pipe) for line in (table.head, *table.lines)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+    def aligned(line: Sequence[str]) -> str:
+        pairs = enumerate(zip(line, widths, strict=True))
+        cells = [c.ljust(w) if k < table.texts else c.rjust(w) for k, (c, w) in pairs]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * w if k < table.texts else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
+    return "\n".join([aligned(lines[0]), aligned(rule), *map(aligned, lines[1:])])
 
 
 def without_empty_columns(table: Table) -> Table:
     """Return a table without the columns in which no line has anything."""
     kept = [k for k in range(len(table.head)) if any(line[k] for line in table.lines)]
     lines = [[line[k] for k in kept] for line in table.lines]
-    return Table(table.caption, [table.head[k] for k in kept], lines)
+    texts = sum(k < table.texts for k in kept)
+    return Table(table.caption, [table.head[k] for k in kept], lines, texts)
 
 
 def latex(sections: Sequence[Section]) -> str:
-    """Return the tables of a report as LaTeX; they say which packages they need."""
-    tables = [(section, table) for section in sections for table in section.tables]
-    needs = "% \\usepackage{booktabs,graphicx}\n"
-    return "\n".join([needs, *(_latex_table(section, table) for section, table in tables)])
+    """Return a report as LaTeX to be put into a document; it says what that needs."""
+    needs = (
+        "% \\usepackage{booktabs,graphicx}\n"
+        "% \\graphicspath{{FOLDER/}}, where the folder of this file is not the document's\n"
+    )
+    return "\n".join([needs, *map(_latex_section, sections)])
+
+
+def _latex_section(section: Section) -> str:
+    parts = [rf"\subsection*{{{_tex(section.title)}}}", ""]
+    parts += [rf"\textbf{{{_tex(text)}}}" + "\n" for text in section.warnings]
+    parts += _latex_list(section.findings)
+    parts += [_latex_table(section, table) for table in section.tables]
+    parts += [_latex_figure(section, picture) for picture in section.pictures]
+    return "\n".join([*parts, *_latex_list(section.notes), r"\clearpage", ""])
+
+
+def _latex_list(items: Sequence[str]) -> list[str]:
+    lines = [rf"\item {_tex(item)}" for item in items]
+    return [r"\begin{itemize}\raggedright", *lines, r"\end{itemize}", ""] if items else []
+
+
+def _latex_figure(section: Section, picture: Picture) -> str:
+    return "\n".join(
+        [
+            r"\begin{figure}[htbp]",
+            r"\centering",
+            r"\includegraphics[width=\linewidth,height=0.8\textheight,keepaspectratio]"
+            rf"{{{picture.printed}}}",
+            rf"\caption{{{_tex(f'{section.title}: {picture.caption}')}}}",
+            r"\end{figure}",
+            "",
+        ]
+    )
 
 
 def _latex_table(section: Section, table: Table) -> str:
     lines = [" & ".join(_cells(line, _tex)) + r" \\" for line in (table.head, *table.lines)]
-    columns = "l" + "r" * (len(table.head) - 1)
+    columns = "l" * table.texts + "r" * (len(table.head) - table.texts)
     warnings = [_tex(warning) for warning in section.warnings]
     return "\n".join(
         [
-            r"\begin{table}",
+            r"\begin{table}[htbp]",
             r"\centering",
             rf"\caption{{{'. '.join([_tex(f'{section.title}: {table.caption}'), *warnings])}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
@@ -177,10 +224,16 @@ def _html_list(items: Sequence[str]) -> list[str]:
 
 def _html_table(table: Table) -> str:
     lines = [
-        "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in _cells(line, html.escape)) + "</tr>"
+        f"<tr>{''.join(_html_cells(tag, line, table.texts))}</tr>"
         for tag, line in [("th", table.head), *(("td", line) for line in table.lines)]
     ]
     return f"<h3>{html.escape(table.caption)}</h3><table>{''.join(lines)}</table>"
+
+
+def _html_cells(tag: str, line: Sequence[str], texts: int) -> list[str]:
+    kinds = [' class="text"' if k < texts else "" for k in range(len(line))]
+    cells = zip(kinds, _cells(line, html.escape), strict=True)
+    return [f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in cells]
 
 
 def _cells(line: Sequence[str], escape: Callable[[str], str]) -> list[str]:
@@ -192,4 +245,5 @@ def _pipe(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    escaped = "".join(_LATEX.get(letter, letter) for letter in text)
+    return escaped.replace("--", "-{}-")  # else one dash

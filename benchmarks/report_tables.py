@@ -25,14 +25,12 @@ def score_table(metric: Metric, rows: Sequence[Sequence[Row]]) -> Table:
                 own.arm,
                 str(own.steps),
                 f"{own.guidance_scale:.3g}",
-                f"{own.nfe:g}",
-                f"{arm.seconds:.2g}",
+                _known(own.nfe, "g"),
+                _known(arm.seconds, ".2g"),
                 str(own.n_images),
                 str(arm.failed) if arm.failed else "",
-                *(
-                    "" if value is None else f"{value:.3g}"
-                    for value in (entry.effective_scale, entry.orthogonal_share)
-                ),
+                _known(entry.effective_scale, ".2f"),
+                _known(entry.orthogonal_share, ".2f"),
                 _cell(metric, _estimate(own)),
             ]
         )
@@ -70,7 +68,7 @@ def comparison_table(run: Run, compared: Sequence[Comparison]) -> Table:
                 _number(each.metric, each.detectable) if each.detectable else "",
             ]
         )
-    return without_empty_columns(Table("Paired comparisons", head, lines))
+    return without_empty_columns(Table("Paired comparisons", head, lines, texts=3))
 
 
 def _caption(metric: Metric) -> str:
@@ -81,6 +79,10 @@ def _caption(metric: Metric) -> str:
 
 def _estimate(row: Row) -> Estimate:
     return Estimate(row.value, row.low, row.high)
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{form}}"
 
 
 def _number(metric: Metric, value: float, sign: str = "") -> str:

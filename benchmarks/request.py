@@ -13,6 +13,7 @@ from core2_sampler.benchmarks.presets import PRESETS, Preset
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.suites import SuitePrompt, load
 from core2_sampler.config import ConfigError, user_input
+from core2_sampler.evaluators.shipped import find_evaluator
 from core2_sampler.model_files import ModelFiles, find_model
 
 _STEPS = (28,)
@@ -66,11 +67,12 @@ def check_request(config: GenerateConfig) -> Request:
     heads = head_folders(config.heads, model)
     names = available_arms(SUITE_ARMS, heads) if config.arms is None else config.arms
     with user_input():
+        asked = [str(find_evaluator(each, model.family)) for each in config.evaluators or ()]
         prompts = load(suite, config.source, limit=limit, skip_nsfw=config.skip_nsfw)
         arms = tuple(
             (arm, n, scale)
             for n in dict.fromkeys(steps or _STEPS)
-            for arm in build_arms(names, n, scale, heads)
+            for arm in build_arms(names, n, scale, heads, ",".join(asked))
         )
     check_scales([arm for arm, _, _ in arms], model)
     deviations = _deviations(config, preset)

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest, hash_component
+from core2_sampler.benchmarks.online import online_rule, rule_key
 from core2_sampler.benchmarks.progress import only_errors
 from core2_sampler.benchmarks.study import DTYPES, Case, Study
 from core2_sampler.info import versions
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
 from core2_sampler.plan import Core2Config, make_plan
+from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Step
 from core2_sampler.trajectory import TrajectoryStore, write_atomic
 from core2_sampler.types import InModelHead
@@ -77,8 +79,15 @@ def call_of(
         "num_inference_steps": arm.steps,
         pipe.family.scale_argument: arm.guidance_scale,
         "output_type": "latent",
-        "core2": arm.config(),
+        "core2": replace(arm, sample_rule=sample_rule(study, arm)).config(),
     }
+
+
+def sample_rule(study: Study, arm: Arm) -> SampleRule | None:
+    """Return what picks an arm's guidance scales while it runs, loaded once."""
+    if arm.evaluators is None:
+        return arm.sample_rule
+    return online_rule(arm.evaluators, study.family, str(study.pipe.device))
 
 
 @torch.no_grad()
@@ -204,10 +213,17 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
 
     The plan stands for the settings that it is made of, so arms that run the same steps share their
     images. Every other setting is part of the key as it is.
+
+    Raises:
+        ValueError: the arm has a rule of its own, which no key tells.
     """
+    if arm.sample_rule is not None:
+        raise ValueError(f"an arm must be without sample_rule to have a key, got {arm.name!r}")
     plan = arm.plan(head is not None and head.in_model)
     how = asdict(plan) | {"steps": [_step_key(step) for step in plan.steps]}
     how.pop("in_model")  # the head tells
+    if arm.evaluators is not None:
+        how |= rule_key(online_rule(arm.evaluators, study.family, str(study.pipe.device)))
     return {
         **shared_key(study),
         **how,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from core2_sampler.benchmarks.exchange_options import (
+    ExportConfig,
+    ImportConfig,
+    ImportImagesConfig,
+)
 from core2_sampler.benchmarks.judges import check_judged, load_geneval
 from core2_sampler.benchmarks.options import (
     CalibrateConfig,
     DoctorConfig,
-    ExportConfig,
     GenerateConfig,
-    ImportConfig,
     ReportConfig,
     RunConfig,
     ScoreConfig,
@@ -84,6 +87,15 @@ def bench_export(config: ExportConfig) -> None:
             print(f"{count} images in {folder}")
 
 
+def bench_import_images(config: ImportImagesConfig) -> None:
+    """Take in images that were made elsewhere, as an arm of a run; nothing is taken twice."""
+    from core2_sampler.benchmarks.importing import import_images
+
+    with user_input():
+        run, made = import_images(config)
+    print(f"{made} images imported as {config.arm} of {run.name} in {config.out}")
+
+
 def bench_import(config: ImportConfig) -> None:
     """Take in the verdicts of GenEval's own evaluator on an exported folder."""
     from core2_sampler.benchmarks.geneval.aggregate import summarize
@@ -147,6 +159,7 @@ COMMANDS: dict[str, tuple[type[Any], Any]] = {
     "score": (ScoreConfig, bench_score),
     "report": (ReportConfig, bench_report),
     "export": (ExportConfig, bench_export),
+    "import-images": (ImportImagesConfig, bench_import_images),
     "import": (ImportConfig, bench_import),
     "calibrate-geneval": (CalibrateConfig, bench_calibrate),
     "doctor": (DoctorConfig, bench_doctor),

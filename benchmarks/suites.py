@@ -6,20 +6,16 @@ upstream format, or fetched from where they are published.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core2_sampler.benchmarks.fetch import fetch
+from core2_sampler.benchmarks.prompt_files import Row, read_rows
 from core2_sampler.registry import Registry
 from core2_sampler.shapes.world import held_out_prompts
-
-Row = dict[str, Any]
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 T2I_CATEGORIES = (
@@ -257,47 +253,3 @@ def _read_file(suite: Suite, path: Path) -> list[SuitePrompt]:
 
 def _column(row: Row, names: Sequence[str]) -> str | None:
     return next((column for column in row if column.lower() in names), None)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a prompt list: csv, tsv, json, jsonl or txt with one prompt a line.
-
-    Raises:
-        ValueError: if the file is of another kind, or is not what its name says.
-    """
-    readers: dict[str, Callable[[str], Iterable[Any]]] = {
-        ".csv": _read_csv,
-        ".tsv": lambda text: csv.DictReader(io.StringIO(text), delimiter="\t"),
-        ".json": json.loads,
-        ".jsonl": lambda text: map(json.loads, _lines(text)),
-        ".txt": _lines,
-    }
-    if path.suffix not in readers:
-        raise ValueError(
-            f"a prompt list must be one of {', '.join(readers)}, got {path.name}: write its "
-            "column of prompts to one of them"
-        )
-    try:
-        items = list(readers[path.suffix](path.read_text(encoding="utf-8-sig")))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be a {path.suffix[1:]} file in UTF-8: {error}") from None
-    rows = [{"prompt": item} if isinstance(item, str) else item for item in items]
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or None in row:
-            raise ValueError(
-                f"{path} must have texts or named columns in every row, got something else in row "
-                f"{index}"
-            )
-    return rows
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.split("\n") if line.strip()]
-
-
-def _read_csv(text: str) -> Iterable[Row]:
-    """Read a CSV file, or the HPDv2 subset ``index,caption`` whose commas are not quoted."""
-    first, *rest = _lines(text) or [""]
-    if "caption_zh" in first.split(","):
-        return [{"caption": line.partition(",")[2]} for line in rest]
-    return csv.DictReader(io.StringIO(text))

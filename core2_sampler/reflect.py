@@ -44,6 +44,7 @@ class Report:
     Attributes:
         progress: steps, time, losses and evaluations.
         bins: edges of the noise bins, [noise_bins + 1], lowest sigma first.
+        gap_power: mean square of the gap in each bin, [noise_bins].
         config: the settings.
         data: what the source says about itself.
         precision: ``fp32`` or ``bf16``, as trained.
@@ -51,6 +52,7 @@ class Report:
 
     progress: Progress
     bins: list[float]
+    gap_power: list[float]
     config: ReflectConfig
     data: dict[str, Any]
     precision: str
@@ -106,7 +108,8 @@ def reflect(
             evaluate=work.evaluate,
             log=log or (lambda line: None),
         )
-    return Report(progress, work.bins.edges.tolist(), config, source.describe(), work.precision)
+    bins, power = work.bins.edges.tolist(), work.power.tolist()
+    return Report(progress, bins, power, config, source.describe(), work.precision)
 
 
 def _module(denoiser: Denoiser | None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,33 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from core2_sampler.guidance import Prompts
+from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.loop import map_tensors, reads_negative
-from core2_sampler.plan import Plan
+from core2_sampler.plan import Core2Config, Plan
 from core2_sampler.types import Conditioning
+from core2_sampler.weak_heads.base import WeakHead
+from core2_sampler.weak_heads.card import step_errors
 
 logger = logging.getLogger(__name__)
 
 Side = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Conditioning]
 """``side(embeds, extra)``: the conditioning of one side's rows of the stock tensors."""
+
+
+def make_run_plan(
+    config: Core2Config, head: WeakHead | None, schedule: Schedule, guidance_scale: float
+) -> Plan:
+    """Return the plan of a run, whose noise levels are known.
+
+    Args:
+        config: what the call asks for.
+        head: the pipeline's weak head; its card is read where it places the slow steps.
+        schedule: of the run.
+        guidance_scale: of the call.
+    """
+    in_model = head is not None and head.in_model
+    errors = partial(step_errors, head, schedule.sigmas)
+    return config.plan(len(schedule.timesteps), guidance_scale, in_model, errors)
 
 
 def check_steps(steps: int) -> None:

@@ -20,8 +20,10 @@ HEADS: Registry[type[WeakHead]] = Registry(
         "adapter": "core2_sampler.weak_heads.adapter:AdapterHead",
         "affine": "core2_sampler.weak_heads.controls:AffineHead",
         "cond": "core2_sampler.weak_heads.controls:CondHead",
+        "conv": "core2_sampler.weak_heads.conv:ConvHead",
         "last_gap": "core2_sampler.weak_heads.controls:LastGapHead",
         "official": "core2_sampler.weak_heads.official:OfficialHead",
+        "patch": "core2_sampler.weak_heads.patch:PatchHead",
         "tap": "core2_sampler.weak_heads.tap:TapHead",
     },
 )

@@ -1,14 +1,24 @@
-"""The card of a trained head: how it was trained, on what, and how far it is off."""
+"""The card of a trained head: how it was trained, on what, and how far it is off.
+
+A card with the gap's mean square by noise level tells what the head's errors weigh, so that slow
+steps can be placed where they help most.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from core2_sampler.gap_error import NoiseBins
 from core2_sampler.reflect import Report
 from core2_sampler.trajectory import write_atomic
 from core2_sampler.weak_heads.base import WeakHead
@@ -48,11 +58,75 @@ def make_card(head: WeakHead, report: Report) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "data": report.data,
         "noise_bins": report.bins,
+        "gap_power": report.gap_power,
         "relative_gap_error": report.errors,
         "relative_gap_error_total": report.held_out[-1][1],
         "held_out_curve": report.held_out,
         "loss_curve": progress.losses,
     }
+
+
+def read_card(head: WeakHead) -> dict[str, Any]:
+    """Return the card that lies beside a head's weights.
+
+    Raises:
+        ValueError: if the head was not loaded from a folder with one.
+    """
+    folder = head.config.get("_name_or_path")
+    path = Path(folder or "nowhere") / "card.json"
+    if not path.is_file():
+        raise ValueError(
+            f"a head must lie in a folder with card.json for its errors to be known, got "
+            f"{folder or 'an untrained one'}: `core2 reflect` writes it"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def step_errors(head: WeakHead | None, sigmas: Tensor, scales: Sequence[float]) -> list[float]:
+    """Return how far off each step's guided prediction is if the head makes it.
+
+    Args:
+        head: a trained head, loaded from its folder.
+        sigmas: noise levels, [N] or more.
+        scales: guidance scale of each step, [N].
+
+    Returns:
+        ``(scale - 1) * sqrt(relative error * mean square of the gap)``, [N], in the unit of ``d``;
+        0 where there is no guidance. Noise levels and scales beyond those of the card have the
+        error of the nearest.
+
+    Raises:
+        ValueError: if there is no head, no card, or a card without what is needed.
+    """
+    if head is None:
+        raise ValueError("a weak head is needed to place slow steps by its errors, got none")
+    card = read_card(head)
+    power = np.asarray(card.get("gap_power") or [], dtype=np.float64)
+    by_scale = {key: errors for key, errors in card["relative_gap_error"].items() if errors}
+    if not power.size or None in [error for errors in by_scale.values() for error in errors]:
+        raise ValueError(
+            "a card must have gap_power and an error in every noise bin, got "
+            f"{head.config['_name_or_path']}/card.json without: train the head again, with more "
+            "held-out prompts"
+        )
+    bins = NoiseBins(torch.tensor(card["noise_bins"], dtype=torch.float64))
+    of_step = bins.index(sigmas[: len(scales)].cpu()).numpy()
+    relative = _relative_errors(by_scale, of_step, scales)
+    strength = np.maximum(np.asarray(scales) - 1, 0)
+    return (strength * np.sqrt(relative * power[of_step])).tolist()
+
+
+def _relative_errors(
+    by_scale: Mapping[str, Sequence[float]], of_step: Any, scales: Sequence[float]
+) -> Any:
+    """Return the relative gap error of steps [N], linear between the scales that were measured."""
+    if "any" in by_scale:
+        return np.asarray(by_scale["any"])[of_step]
+    known = sorted(by_scale, key=float)
+    table = np.array([by_scale[key] for key in known])  # [scales, bins]
+    measured = [float(key) for key in known]
+    columns = zip(of_step, scales, strict=True)
+    return np.array([np.interp(scale, measured, table[:, k]) for k, scale in columns])
 
 
 def plot_card(card: dict[str, Any]) -> bytes:

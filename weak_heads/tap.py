@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core2_sampler.types import Denoiser
-from core2_sampler.weak_heads.base import WeakHead, network_config, sdxl_pooled_dim
+from core2_sampler.weak_heads.base import network_config
+from core2_sampler.weak_heads.tokens import TokenHead, pooled_dim_of
 
-_SIGMA_WIDTH = 128
 _PATCH = 2  # latents a side behind a token of FLUX and of SDXL, whose denoisers make the tokens
 
 
-class TapHead(WeakHead):
+class TapHead(TokenHead):
     """A small transformer on [hidden state; patches of x and cond], one token per patch.
 
     It adds no position embedding of its own, so any resolution works: it knows of positions what
@@ -55,19 +52,9 @@ class TapHead(WeakHead):
             num_heads: attention heads.
         """
         super().__init__()
-        patch = latent_channels * patch_size**2
         self.feature_norm = nn.LayerNorm(feature_dim)
         self.features_in = nn.Linear(feature_dim, width)
-        self.patches_in = nn.Linear(2 * patch, width)
-        self.sigma_in = nn.Linear(_SIGMA_WIDTH, width)
-        self.pooled_in = nn.Linear(pooled_dim, width)
-        self.embed = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
-        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.proj_out = nn.Linear(width, patch)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self._build(pooled_dim, width, num_layers, num_heads)
 
     @classmethod
     def fit_config(cls, denoiser: Denoiser) -> dict[str, Any]:
@@ -106,65 +93,17 @@ class TapHead(WeakHead):
                 f"features must be the denoiser's last hidden state [B, {grid[0] * grid[1]}, D] "
                 f"for latents {tuple(cond.shape)}, got {got}: run inside capture_features()"
             )
-        dtype = self.proj_out.weight.dtype
-        if self.config.family == "sdxl":  # its x grows with sigma; the network sees it like this
-            x = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
-        pair = torch.cat([x.to(dtype), cond.to(dtype)], 1)
-        patches = F.unfold(pair, side, stride=side).mT  # [B, T, 2 * C * p * p]
-        tokens = self.features_in(self.feature_norm(features.to(dtype))) + self.patches_in(patches)
-        waves = get_timestep_embedding(1000 * sigma.float(), _SIGMA_WIDTH).to(dtype)
-        embedding = self.embed(self.sigma_in(waves) + self.pooled_in(pooled.to(dtype)))  # [B, W]
-        for block in self.blocks:
-            tokens = block(tokens, embedding)
-        scale, shift = self.modulation(embedding)[:, None].chunk(2, -1)
-        patches = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
-        gap = F.fold(patches.mT.float(), cond.shape[2:], side, stride=side)
-        return gap.to(cond.dtype)
+        hidden = self.features_in(self.feature_norm(features.to(self.proj_out.weight.dtype)))
+        tokens = hidden + self._read(x, cond, sigma)
+        return self._write(tokens, sigma, pooled, cond.shape[2:]).to(cond.dtype)
 
 
 def _token_layout(config: Any) -> dict[str, int]:
     """Return what the head must know of a network's last hidden state, from its config."""
-    if "block_out_channels" not in config:
-        return {
-            "feature_dim": config.num_attention_heads * config.attention_head_dim,
-            "pooled_dim": config.pooled_projection_dim,
-            "patch_size": _PATCH if "guidance_embeds" in config else config.patch_size,
-        }
-    if config.addition_embed_type != "text_time":
-        raise ValueError(
-            "a UNet must take a pooled prompt embedding (addition_embed_type text_time), got "
-            f"{config.addition_embed_type}: use the adapter head"
-        )
-    return {
-        "feature_dim": config.block_out_channels[0] * _PATCH**2,
-        "pooled_dim": sdxl_pooled_dim(config),
-        "patch_size": _PATCH,
-    }
-
-
-class _Block(nn.Module):
-    """A pre-norm transformer block, modulated by the embedding (adaLN-Zero, arXiv 2212.09748)."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 6 * width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        """Map tokens [B, T, W] under an embedding [B, W]."""
-        parts = self.modulation(embedding)[:, None].chunk(6, -1)
-        scale, shift, gate, scale_ff, shift_ff, gate_ff = parts
-        tokens = tokens + gate * self._attend(self.norm(tokens) * (1 + scale) + shift)
-        return tokens + gate_ff * self.feed_forward(self.norm(tokens) * (1 + scale_ff) + shift_ff)
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        split = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, W']
-        query, key, value = split.transpose(1, 3).unbind(2)  # [B, heads, T, W'] each
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.attention_out(mixed.transpose(1, 2).flatten(2))
+    pooled_dim = pooled_dim_of(config)
+    if "block_out_channels" in config:
+        width, patch = config.block_out_channels[0] * _PATCH**2, _PATCH
+    else:
+        width = config.num_attention_heads * config.attention_head_dim
+        patch = _PATCH if "guidance_embeds" in config else config.patch_size
+    return {"feature_dim": width, "pooled_dim": pooled_dim, "patch_size": patch}

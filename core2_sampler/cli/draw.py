@@ -175,7 +175,7 @@ def draw(config: GenerateConfig, job: Job) -> None:
     if job.head is not None:
         pipe.register_modules(weak_head=load_weak_head(job.head, pipe))
     if config.scale_rule == ONLINE:
-        rule = online_scale(config, job.device)
+        rule = online_scale(config, job.model.family, job.device)
         job = replace(job, core2=replace(job.core2, scale_rule=rule))
     studio, arms = Studio(pipe, config, job), _arms(config, job)
     config.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``core2 evaluators``: train what an online guidance scale listens to."""
+"""``core2 evaluators``: train and ship what an online guidance scale listens to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SPARE = 16  # captions drawn for each that is wanted
 _VAL_PROMPTS = 480
 
 app = typer.Typer(
-    help="Train the evaluators of an online guidance scale.",
+    help="Train and ship the evaluators of an online guidance scale.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,9 +78,19 @@ class TrainOptions:
     device: str = option("auto", help=DEVICE_HELP)
 
 
+@dataclass(frozen=True, slots=True)
+class ShipOptions:
+    """Options of ``core2 evaluators ship``."""
+
+    folders: tuple[str, ...] = option(
+        help="Folders of evaluators of embedded models, as `core2 evaluators train` left them.",
+        positional=True,
+    )
+
+
 @app.callback()
 def _group() -> None:
-    """Train the evaluators of an online guidance scale."""
+    """Train and ship the evaluators of an online guidance scale."""
 
 
 def run_train(options: TrainOptions) -> None:
@@ -172,7 +182,9 @@ def _source(options: TrainOptions, pipe: Any) -> PairSource:
     kind = KINDS.get(options.kinds[0])
     if options.data is None:
         images = _images(options, pipe)
-        return CaptionPairs(images) if kind.lesson == "captions" else EditPairs(images, kind.words)
+        if kind.lesson == "captions":
+            return CaptionPairs(images)
+        return EditPairs(images, kind.words, kind.swaps)
     generated = final_latents(TrajectoryStore(options.data))
     if kind.lesson == "generated":
         return RealPairs(_images(options, pipe), generated, options.held_out_share)
@@ -273,4 +285,14 @@ def _wanted(
     return latents[chosen], [texts[i] for i in chosen]
 
 
+def run_ship(options: ShipOptions) -> None:
+    """Put trained evaluators in this installation, where `--evaluators KIND` finds them."""
+    from core2_sampler.evaluators.shipped import ship_evaluator
+
+    for folder in options.folders:
+        with user_input():
+            print(ship_evaluator(Path(folder)))
+
+
 add_command(app, "train", TrainOptions, run_train)
+add_command(app, "ship", ShipOptions, run_ship)

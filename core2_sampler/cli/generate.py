@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +47,7 @@ class GenerateConfig:
     )
     scale_rule: str | None = option(None, help=RULE_HELP)
     evaluators: tuple[Path, ...] | None = option(
-        None, help="--scale-rule online: folders of evaluators (`core2 evaluators train`)."
+        None, help="--scale-rule online: evaluators, folders or kinds of shipped ones."
     )
     candidates: tuple[float, ...] | None = option(
         None,
@@ -56,7 +58,7 @@ class GenerateConfig:
         False, help="Write the guidance scale of each step beside each image, as JSON and a plot."
     )
     w2s_scale: float | None = option(None, help=_CORE2_HELP["w2s_scale"] + ".")
-    slow_steps: int | float | tuple[int, ...] | None = option(
+    slow_steps: int | float | tuple[int, ...] | str | None = option(
         None, help=_CORE2_HELP["slow_steps"] + "."
     )
     zig_steps: int | float | tuple[int, ...] | None = option(
@@ -124,7 +126,7 @@ def check(config: GenerateConfig) -> Job:
         raise ConfigError("--compare sets CFG beside another mode, got mode 'cfg'; choose another")
     with user_input():
         core2 = core2_config(config)
-        core2.plan(config.steps, 2.0)  # any scale: slow steps against steps
+        core2.plan(config.steps, 2.0, True, _worst)  # any scale and head: slow steps against steps
     model = find_model(config.model)
     check_rule(config, model)
     height, width = model.check_size(config.height, config.width)
@@ -132,7 +134,7 @@ def check(config: GenerateConfig) -> Job:
     scale = find_scale(config, model, head)
     with user_input():
         device = pick_device(config.device)
-        plan = core2.plan(config.steps, scale, head is not None and head.in_model)
+        plan = core2.plan(config.steps, scale, head is not None and head.in_model, _worst)
         if config.scale_rule == ONLINE:
             check_asking(plan)
     check_plan(config, plan, head)
@@ -142,6 +144,11 @@ def check(config: GenerateConfig) -> Job:
     used = head if plan.needs_head else None
     tokens = model.check_tokens(config.max_sequence_length)
     return Job(model, used, core2, plan, scale, height, width, tokens, device)
+
+
+def _worst(scales: Sequence[float]) -> list[float]:
+    """Return errors that make slow what can be: noise levels, and so the card's, come later."""
+    return [math.inf if scale > 1 else 0.0 for scale in scales]
 
 
 def find_scale(config: GenerateConfig, model: ModelFiles, head: HeadFiles | None) -> float:

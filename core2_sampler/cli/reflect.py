@@ -38,13 +38,21 @@ class ReflectOptions:
     online: bool = option(
         False, help="Collect while training and store nothing, in place of --data."
     )
-    head: Literal["adapter", "tap"] = option("adapter", help="Kind of head: adapter or tap.")
+    head: Literal["adapter", "conv", "patch", "tap"] = option(
+        "adapter", help="Kind of head: adapter, conv, patch or tap."
+    )
     rank: int | None = option(None, help="adapter: rank of the low-rank layers (8).", min=1)
     reference_scale: float | None = option(
         None, help="adapter: guidance scale of strength 1; by default the highest collected."
     )
     scale_range: tuple[float, ...] | None = option(
         None, help="adapter: LOW,HIGH guidance scales to train for; by default those collected."
+    )
+    rounds: int = option(
+        0,
+        help="On-policy rounds: so often the trained head drives the collected prompts itself, "
+        "with CFG as the teacher, and is trained again on all states.",
+        min=0,
     )
     held_out_share: float = option(
         0.1, help="Share of the prompts that only measure the error.", min=0.001, max=0.9
@@ -70,8 +78,15 @@ def run_reflect(options: ReflectOptions) -> None:
         raise ConfigError("reflect runs in one process, got several: leave `accelerate launch` out")
     if options.output.exists() and not options.output.is_dir():
         raise ConfigError(f"output must be a folder, got the file {options.output}")
+    if options.rounds and options.online:
+        raise ConfigError(f"rounds are for --data, which they add to, got {options.rounds} online")
     scales, collected_from = _collected(options)
     head_options = adapter_options(options, scales)
+    if isinstance(collected_from, StockModel) and options.rounds:
+        raise ConfigError(
+            f"rounds are for models of ours, got a {collected_from.pipeline}: run `core2 collect "
+            "--round` yourself"
+        )
     if isinstance(collected_from, StockModel):
         name, prepare = collected_from.model, _prepare_stock(options, collected_from)
     else:
@@ -141,10 +156,14 @@ def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
 
     def prepare(device: str) -> dict[str, Any]:
         from core2_sampler.cli.loading import load_model, sampling_setup
+        from core2_sampler.trajectory import TrajectoryStore
 
         pipe = load_model(model, device, "fp32")
-        tokens = model.check_tokens(options.max_sequence_length)
-        return sampling_setup(pipe, options.sampling_steps, tokens)
+        tokens, steps = options.max_sequence_length, options.sampling_steps
+        if options.data is not None:  # a further round is collected as the first
+            first = TrajectoryStore(options.data).settings(0)
+            tokens, steps = first["max_sequence_length"], len(first["sigmas"]) - 1
+        return sampling_setup(pipe, steps, model.check_tokens(tokens))
 
     return prepare
 
@@ -169,23 +188,71 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
 def _reflect(
     options: ReflectOptions, model: str, setup: dict[str, Any], head_options: dict[str, Any]
 ) -> None:
-    """Train the head in what was loaded, save it with its card."""
+    """Train the head in what was loaded, round by round, save it with its card."""
+    from core2_sampler.weak_heads import load_head
+
+    run = options.output.with_name(options.output.name + ".run")
+    with user_input():
+        for round in range(options.rounds):
+            folder = run / f"round-{round}"
+            if not (folder / "card.json").is_file():
+                _train(options, model, setup, head_options, folder, folder)
+            head = load_head(folder).to(setup["denoiser"].module.device)
+            _collect_round(options, setup, head, round + 1, {"model": model, "head": str(folder)})
+        _train(options, model, setup, head_options, options.output, run)
+
+
+def _train(
+    options: ReflectOptions,
+    model: str,
+    setup: dict[str, Any],
+    head_options: dict[str, Any],
+    output: Path,
+    run: Path,
+) -> None:
+    """Train a head on the data as it is, save it with its card."""
     from core2_sampler.reflect import reflect
     from core2_sampler.weak_heads import HEADS
     from core2_sampler.weak_heads.card import save_head
 
-    with user_input():
-        head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
-        report = reflect(
-            head,
-            _source(options, setup),
-            options.training,
-            denoiser=setup["denoiser"],
-            folder=options.output.with_name(options.output.name + ".run"),
-            log=print,
-        )
-    card = save_head(head, options.output, report, model=model)
-    print(f"{options.output}: {head.num_parameters()} parameters, card in {card}")
+    head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
+    report = reflect(
+        head,
+        _source(options, setup),
+        options.training,
+        denoiser=setup["denoiser"],
+        folder=run,
+        log=print,
+    )
+    card = save_head(head, output, report, model=model)
+    print(f"{output}: {head.num_parameters()} parameters, card in {card}")
+
+
+def _collect_round(
+    options: ReflectOptions,
+    setup: dict[str, Any],
+    head: Any,
+    round: int,
+    about: dict[str, Any],
+) -> None:
+    """Let the head drive the trajectories of the data's first round, and keep what CFG says."""
+    from core2_sampler.collect import CollectConfig, Job, collect
+    from core2_sampler.trajectory import TrajectoryStore
+
+    store = TrajectoryStore(cast(Path, options.data))
+    first = store.settings(0)
+    kept = {key: first[key] for key in ("steps_per_trajectory", "features")}
+    config = CollectConfig(tuple(first["guidance_scales"]), round=round, **kept)
+    jobs = [
+        Job(record.prompt, record.prompt_id, record.seed)
+        for key, record in store.records().items()
+        if key.round == 0
+    ]
+    tokens = {"max_sequence_length": first["max_sequence_length"]}
+    added = collect(
+        jobs=jobs, store=store, config=config, policy=head, about=about | tokens, **setup
+    )
+    print(f"round {round}: added {added} trajectories to {options.data}")
 
 
 def _source(options: ReflectOptions, setup: dict[str, Any]) -> RowSource:

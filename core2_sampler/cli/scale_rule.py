@@ -44,16 +44,17 @@ def check_rule(config: GenerateConfig, model: ModelFiles) -> None:
                 raise ConfigError(f"{name} has no effect without --scale-rule online; leave it out")
         return
     from core2_sampler.evaluators import read_config
+    from core2_sampler.evaluators.shipped import find_evaluator
 
     names = [folder.name for folder in config.evaluators or ()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(
-            "--scale-rule online needs --evaluators, folders of different names that "
-            f"`core2 evaluators train` wrote, got {', '.join(names) or 'none'}"
+            "--scale-rule online needs --evaluators, of different names: folders that `core2 "
+            f"evaluators train` wrote, or kinds of shipped ones, got {', '.join(names) or 'none'}"
         )
     for folder in config.evaluators or ():
         with user_input():
-            found = read_config(folder)
+            found = read_config(find_evaluator(folder, model.family))
         for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
             if found.get(key) != wanted:
                 raise ConfigError(
@@ -62,13 +63,17 @@ def check_rule(config: GenerateConfig, model: ModelFiles) -> None:
                 )
 
 
-def online_scale(config: GenerateConfig, device: str) -> OnlineScale:
+def online_scale(config: GenerateConfig, family: str, device: str) -> OnlineScale:
     """Load the evaluators and return the rule that asks them, for checked options."""
     from core2_sampler.evaluators import load_evaluator
+    from core2_sampler.evaluators.shipped import find_evaluator
     from core2_sampler.scales import CANDIDATES, OnlineScale
 
     with user_input():
-        loaded = {path.name: load_evaluator(path).to(device) for path in config.evaluators or ()}
+        loaded = {
+            path.name: load_evaluator(find_evaluator(path, family)).to(device)
+            for path in config.evaluators or ()
+        }
         return OnlineScale(loaded, config.candidates or CANDIDATES)
 
 

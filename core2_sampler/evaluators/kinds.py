@@ -31,6 +31,8 @@ class Kind:
         reads_prompt: whether the score depends on the prompt.
         judges_alone: whether the score depends on the latents alone, too.
         words: of ``edits``: groups of words that stand for each other.
+        swaps: of ``edits``: only two words of the caption change places, so that the wrong caption
+            names the same things and only their order tells.
     """
 
     about: str
@@ -38,6 +40,7 @@ class Kind:
     reads_prompt: bool = True
     judges_alone: bool = False
     words: tuple[tuple[str, ...], ...] = ()
+    swaps: bool = False
 
 
 KINDS: Registry[Kind] = Registry("evaluator")
@@ -54,9 +57,14 @@ KINDS.register("numeracy")(Kind("the right number from another", "edits", words=
 KINDS.register("attribute")(
     Kind("the right color and place from another", "edits", words=(COLORS, *SIDES))
 )
+KINDS.register("binding")(
+    Kind("which of two colors belongs to which object", "edits", words=(COLORS,), swaps=True)
+)
 
 
-def edit_words(text: str, groups: tuple[tuple[str, ...], ...], rng: random.Random) -> str | None:
+def edit_words(
+    text: str, groups: tuple[tuple[str, ...], ...], rng: random.Random, swaps: bool = False
+) -> str | None:
     """Return a caption with another meaning, or None where it has no word to change.
 
     A word gives way to another of its group; where the caption has two of the group that differ,
@@ -66,6 +74,7 @@ def edit_words(text: str, groups: tuple[tuple[str, ...], ...], rng: random.Rando
         text: a caption.
         groups: words that stand for each other.
         rng: draws the word and what replaces it.
+        swaps: only let words of the caption change places.
     """
     spots: list[tuple[re.Match[str], tuple[str, ...]]] = [
         (match, group)
@@ -73,6 +82,8 @@ def edit_words(text: str, groups: tuple[tuple[str, ...], ...], rng: random.Rando
         if len(group) > 1
         for match in re.finditer(rf"\b({'|'.join(group)})\b", text)
     ]
+    if swaps:
+        spots = [(m, g) for m, g in spots if any(h is g and n[0] != m[0] for n, h in spots)]
     if not spots:
         return None
     spot, group = rng.choice(spots)

@@ -79,21 +79,25 @@ def _rolled(x0: Tensor, texts: list[str]) -> Pairs:
 class EditPairs:
     """Images with their own captions, beside the same images with one word of these changed."""
 
-    def __init__(self, images: Captioned, words: tuple[tuple[str, ...], ...]) -> None:
-        """Take the images and groups of words that stand for each other.
+    def __init__(
+        self, images: Captioned, words: tuple[tuple[str, ...], ...], swaps: bool = False
+    ) -> None:
+        """Take the images, groups of words that stand for each other, and whether these only swap.
 
         Words that no caption has are left out: they would tell the wrong caption by themselves.
 
         Raises:
             ValueError: the captions have no words to change.
         """
-        self._images = images
+        self._images, self._swaps = images, swaps
         _, texts = images.draw(
-            0, _SURVEY, lambda text: edit_words(text, words, _fixed()) is not None
+            0, _SURVEY, lambda text: edit_words(text, words, _fixed(), swaps) is not None
         )
         seen = {word for text in texts for word in re.findall(r"\w+", text)}
         self._words = tuple(tuple(word for word in group if word in seen) for group in words)
-        self._accept = cache(lambda text: edit_words(text, self._words, _fixed()) is not None)
+        self._accept = cache(
+            lambda text: edit_words(text, self._words, _fixed(), swaps) is not None
+        )
         if not any(self._accept(text) for text in texts):
             raise ValueError(
                 f"captions must have at least two of the words {words}, got {len(texts)} captions "
@@ -113,7 +117,7 @@ class EditPairs:
 
     def _edited(self, x0: Tensor, texts: list[str], seed: str) -> Pairs:
         rng = random.Random(seed)
-        others = [edit_words(text, self._words, rng) or text for text in texts]
+        others = [edit_words(text, self._words, rng, self._swaps) or text for text in texts]
         return Pairs(x0, texts, other_texts=others)
 
 

@@ -13,7 +13,7 @@ def model_path(name: str) -> Path:
     Raises:
         ValueError: if this installation holds no such model.
     """
-    shipped = sorted(folder.name for folder in MODELS.glob("*") if folder.is_dir())
+    shipped = sorted({file.parent.name for file in MODELS.glob("*/*.json")})
     if name not in shipped:
         known = ", ".join(shipped) or "none shipped"
         raise ValueError(f"model must be one of {known}, got {name!r}")

@@ -84,6 +84,21 @@ def test_an_on_policy_round_is_driven_by_the_head(root: Path, tmp_path: Path):
     run("collect", "-o", tmp_path / "data", *source(root), *round_1, "guidance_scales=9", code=2)
 
 
+def test_rounds_collect_and_train_in_turns(root: Path, tmp_path: Path):
+    data, head = tmp_path / "data", tmp_path / "head"
+    run("collect", "-o", data, *source(root), "--steps", "4", "guidance_scales=3")
+    options = ["--held-out-share", "0.4", "--steps", "2", "batch_size=4", "--rounds", "2"]
+    for _ in range(2):  # the second time all is there
+        run("reflect", "-o", head, "--data", data, *options)
+        rounds = [key.round for key in TrajectoryStore(data).records()]
+        assert sorted(rounds) == sorted([0, 1, 2] * len(PROMPTS))
+    card = json.loads((head / "card.json").read_text())
+    assert card["data"]["rounds"]["002"]["policy"] == "AdapterHead"
+    first = json.loads((tmp_path / "head.run/round-0/card.json").read_text())
+    assert set(first["data"]["rounds"]) == {"000"} and first["steps"] == 2
+    run("reflect", "-o", tmp_path / "x", "--online", "--rounds", "1", "--steps", "2", code=2)
+
+
 def test_online_training_stores_no_trajectory(root: Path, tmp_path: Path):
     online = ["--online", "--prompts", root / "prompts.txt", "--sampling-steps", "3"]
     options = ["--held-out-share", "0.4", "--batch-size", "4", "--steps", "2"]

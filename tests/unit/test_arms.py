@@ -75,7 +75,8 @@ def test_arms_of_a_scale_rule_have_these_scales_and_cost():
 def test_every_registered_arm_runs_at_any_number_of_steps(name: str, steps: int):
     spec = ARMS.get(name)
     heads = {} if spec.head is None else {spec.head: "folder"}
-    plan = spec.at(name, steps, 4.5, heads).plan(in_model=False)
+    asked = "folder" if spec.is_asking else None
+    plan = spec.at(name, steps, 4.5, heads, asked).plan(in_model=False)
     assert len(plan) in (steps, steps // 2)
     assert len(plan) <= plan.nfe <= (2 if spec.mode in ("cond", "cfg", "core") else 6) * len(plan)
     assert spec.about
@@ -94,6 +95,7 @@ def test_last_gap_sees_a_gap_at_any_number_of_steps():
         (lambda: build_arms(["cfg", "cfg"], 4, 2.0, {}), "named once"),
         (lambda: build_arms(["tap-fast"], 4, 2.0, {"adapter": "a"}), "tap=FOLDER"),
         (lambda: build_arms(["cfg-half"], 1, 2.0, {}), "more steps"),
+        (lambda: build_arms(["online"], 4, 2.0, {}), "--evaluators FOLDER"),
         (lambda: Arm("a", "cfg", 0, 2.0), "at least 1, got 0"),
         (lambda: Arm("a", "core", 4, 2.0), "has a head if and only if"),
         (lambda: Arm("a", "cfg", 4, 2.0, head="h"), "has a head if and only if"),

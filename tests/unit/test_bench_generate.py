@@ -30,7 +30,11 @@ from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.stages import run_settings
 from core2_sampler.benchmarks.study import Study, pick_dtype
 from core2_sampler.benchmarks.suites import load
+from core2_sampler.evaluators import load_evaluator
+from core2_sampler.evaluators.network import LatentEvaluator
 from core2_sampler.info import versions
+from core2_sampler.plan import Core2Config
+from core2_sampler.scales import OnlineScale
 from core2_sampler.testing import tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -260,6 +264,46 @@ def test_whatever_decides_an_image_decides_its_folder(tmp_path, monkeypatch):
     before = arm_folder(study, CFG, None)
     monkeypatch.setattr(runner, "versions", lambda: versions() | {"diffusers": "0.1"})
     assert arm_folder(study, CFG, None) != before
+
+
+def test_an_online_arm_is_what_its_evaluators_pick(tmp_path):
+    """Truth: the pipeline under the rule itself, with the paper's candidates."""
+    study = make_study(tmp_path, prompts=2)
+    folder = save_evaluator(study, tmp_path / "alignment", seed=0)
+    (arm,) = build_arms(["online"], 3, 3.0, {}, str(folder))
+    done = fill_arm(study, arm)
+    rule = OnlineScale({"alignment": load_evaluator(folder)})
+    records = ImageStore(done.folder).records()
+    for case in study.cases:
+        wanted = study.pipe(
+            case.prompt.text,
+            generator=case.generator(),
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            core2=Core2Config(mode="cfg", scale_rule=rule),
+        ).images[0]
+        image = ImageStore(done.folder).read(records[case.key])
+        assert np.abs(np.asarray(wanted).astype(int) - np.asarray(image)).max() <= 1
+    other = save_evaluator(study, tmp_path / "other" / "alignment", seed=1)
+    (again,) = build_arms(["online"], 3, 3.0, {}, str(other))
+    folders = {arm_folder(study, each, None) for each in (arm, again, build_cfg(3))}
+    assert len(folders) == 3 and not is_plain(arm)
+    with pytest.raises(ValueError, match="without sample_rule to have a key"):
+        arm_folder(study, dataclasses.replace(arm, sample_rule=rule), None)
+
+
+def build_cfg(steps: int) -> Arm:
+    return dataclasses.replace(CFG, steps=steps)
+
+
+def save_evaluator(study: Study, folder: Path, seed: int) -> Path:
+    """Save an evaluator whose answers differ from image to image."""
+    x = torch.randn(1, 4, 8, 8)
+    prompt, _ = study.pipe.family.encode(study.pipe, ["a"], max_sequence_length=16)
+    sizes = {"patch_size": 2, "width": 64, "num_layers": 1}
+    network = LatentEvaluator.for_model("alignment", "sd3", x, prompt, seed=seed, **sizes)
+    network.save_pretrained(folder)
+    return folder
 
 
 def test_weights_in_half_precision_are_another_model_and_are_not_cast(tmp_path):

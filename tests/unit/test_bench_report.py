@@ -18,6 +18,7 @@ from PIL import Image
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.calibration import agreements, calibrate_judge, labelled_samples
 from core2_sampler.benchmarks.compare import comparisons
+from core2_sampler.benchmarks.correction import correct, flips_for
 from core2_sampler.benchmarks.export import export
 from core2_sampler.benchmarks.geneval.calibrate import Labels
 from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
@@ -136,7 +137,7 @@ def test_no_image_is_scored_twice_for_one_scorer_and_prompt(tmp_path):
 def test_numbers_are_those_of_numpy(tmp_path):
     run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES})
     score(tmp_path)
-    (found,) = comparisons([measure(tmp_path, run, read_scores(tmp_path)[0])])
+    (found,) = correct(comparisons([measure(tmp_path, run, read_scores(tmp_path)[0])]))
     change = np.subtract(COND_VALUES, CFG_VALUES).reshape(4, 2).mean(1)  # by prompt
     assert found.difference.value == pytest.approx(change.mean())
     assert (found.wins.wins, found.wins.ties, found.wins.losses) == (2, 1, 1)
@@ -149,19 +150,51 @@ def test_numbers_are_those_of_numpy(tmp_path):
     assert (found.arm.nfe, found.arm.seconds) == (4.0, 0.5)
 
 
-def test_holm_counts_the_arms_and_metrics_of_a_run_but_no_random_judge(tmp_path):
+def test_holm_is_over_all_arms_metrics_and_suites_but_no_random_judge(tmp_path):
+    """Truth: the definition, worked out over the p-values of both suites."""
     more = [v + 1 for v in CFG_VALUES]
-    run = make_run(tmp_path, {"cfg": CFG_VALUES, "cond": COND_VALUES, "other": more})
+    arms = {"cfg": CFG_VALUES, "cond": COND_VALUES, "other": more}
+    runs = [make_run(tmp_path, arms, suite=suite) for suite in ("drawbench", "pickapic")]
     score(tmp_path)
     score(tmp_path, name="aes-tiny")
-    metrics, missing = measure_run(tmp_path, run, read_scores(tmp_path))
-    found = comparisons(metrics)
-    real = [each for each in found if each.p_holm is not None]
-    assert [each.metric.name for each in found if each.p_holm is None] == ["aes-tiny"] * 2
-    assert missing == []
-    small, large = sorted(real, key=lambda each: each.p_value)
-    assert small.p_holm == pytest.approx(min(1, 2 * small.p_value))
-    assert large.p_holm == pytest.approx(max(small.p_holm, large.p_value))
+    alone = []
+    for run in runs:
+        metrics, missing = measure_run(tmp_path, run, read_scores(tmp_path))
+        assert missing == []
+        alone.append(comparisons(metrics))
+    found = correct([each for one in alone for each in one])
+    assert [(each.metric.run, each.metric.name) for each in found] == [
+        (each.metric.run, each.metric.name) for one in alone for each in one
+    ]
+    assert {each.metric.name for each in found if each.p_holm is None} == {"aes-tiny"}
+    real = sorted((each for each in found if each.p_holm is not None), key=lambda e: e.p_value)
+    assert len(real) == 4
+    lowest = 0.0
+    for left, each in zip((4, 3, 2, 1), real, strict=True):
+        lowest = max(lowest, min(1, left * each.p_value))
+        assert each.p_holm == pytest.approx(lowest)
+    write_report(tmp_path, sheet=0)
+    page = (tmp_path / "report/report.md").read_text()
+    assert page.count("with the 4 comparisons of this report") == 2
+    rows = json.loads((tmp_path / "report/report.json").read_text())
+    written = [row["value"] for row in rows if "p_holm" in row["metric"]]
+    assert sorted(written) == pytest.approx(sorted(each.p_holm for each in real))
+
+
+def test_many_comparisons_are_tested_finely_enough_to_pass(tmp_path):
+    """With 10,000 flips no p is below 0.0002: 300 comparisons could never show anything."""
+    plain = [10 * (k % 8) for k in range(40)]
+    better = [v + 4 + k // 2 % 3 for k, v in enumerate(plain)]
+    run = make_run(tmp_path, {"cfg": plain, "cond": better}, prompts=20)
+    score(tmp_path)
+    (one,) = comparisons([measure(tmp_path, run, read_scores(tmp_path)[0])])
+    assert one.p_value == pytest.approx(2e-4)
+    equal = dataclasses.replace(one, p_value=0.5)
+    found = correct([one, *[equal] * 299])
+    assert found[0].p_value == pytest.approx(2 / (flips_for(300) + 1))  # all signs agree
+    assert found[0].p_holm == pytest.approx(300 * found[0].p_value) and found[0].p_holm < 0.05
+    assert {each.p_value for each in found[1:]} == {0.5} and flips_for(50) == 9_999
+    assert correct([one])[0].p_value == one.p_value
 
 
 def test_a_failed_image_counts_as_the_worst_and_is_named(tmp_path):
@@ -259,15 +292,17 @@ def test_the_report_is_four_files_that_say_the_same(tmp_path):
     assert "prompt 0" not in printed  # prompts may be anything: logs are public
     tex = base.with_suffix(".tex").read_text()
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 5
+    assert tex.count(r"\includegraphics") == 2 * 2 + 2 and "not stated upstream" in tex
     html = base.with_suffix(".html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert html.count("<img") == 2 * 2 + 2  # a plot and bars for each metric; best and worst
     shown = re.findall(r"!\[.*\]\((pictures/.*)\)", page)
+    shown += re.findall(r"{(pictures/.*\.pdf)}", tex)
     folder = tmp_path / "report"
     assert sorted(shown) == sorted(str(p.relative_to(folder)) for p in folder.glob("pictures/*"))
     write_report(tmp_path, sheet=0)
-    assert len(list(folder.glob("pictures/*"))) == 4
-    assert set(folder.glob("pictures/*.svg")) < {folder / name for name in shown}  # the same files
+    again = set(folder.glob("pictures/*"))
+    assert len(again) == 2 * 4 and again < {folder / name for name in shown}  # the same files
 
 
 def test_a_report_without_the_deciding_metric_says_so(tmp_path):
@@ -293,7 +328,7 @@ def test_a_win_by_guidance_alone_is_a_warning(tmp_path):
         hollow = r"\*\*GA-Eval on imagereward: own beats default CFG \(\+5 \[.* and cannot"
         assert bool(re.search(hollow, page)) == (name == "hollow")
         assert ("the gain is more than a change of guidance scale" in page) == (name == "real")
-        assert "with 12 prompts no p is below 0.00049, and with 2 comparisons" in page
+        assert "with 12 prompts no p is below 0.00049, and with the 2 comparisons" in page
 
 
 def test_equal_gains_on_a_few_prompts_are_no_win(tmp_path):
@@ -312,6 +347,7 @@ def test_cells_are_escaped_in_every_format():
     assert r"| x\|y |   z |" in markdown("t", [section])
     assert r"\textless{}b\textgreater{} & 1\_0" in latex([section])
     assert r"\caption{a\_b: c \& d. 50 \%}" in latex([section])
+    assert "a -{}-b" in latex([Section("a --b")])  # not one dash
     page = html_page("t", [section])
     assert "&lt;b&gt;" in page and "<b>" not in page and "&lt;i&gt;" in page
 
@@ -497,11 +533,11 @@ def test_rows_tell_the_steps_they_are_compared_at_and_the_effective_scale(tmp_pa
 def official_rows(folder: Path, right: Sequence[bool]) -> str:
     """Lines as GenEval's evaluator writes them by pandas, in no order."""
     lines = []
-    for path, correct in zip(sorted(folder.glob("*/samples/*.png")), right, strict=True):
+    for path, is_right in zip(sorted(folder.glob("*/samples/*.png")), right, strict=True):
         metadata = (path.parents[1] / "metadata.jsonl").read_text()
         record = json.loads(metadata)
         row = {"filename": str(path), "tag": record["tag"], "prompt": record["prompt"]}
-        row |= {"correct": correct, "reason": "" if correct else "few"}
+        row |= {"correct": is_right, "reason": "" if is_right else "few"}
         row |= {"metadata": json.dumps(record), "details": "{}"}
         lines.append(json.dumps(row, separators=(",", ":")).replace("/", "\\/"))
     return "\n".join(reversed(lines)) + "\n"

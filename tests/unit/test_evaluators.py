@@ -14,9 +14,10 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core2_sampler.collect import CollectConfig, Job, collect, initial_latents
-from core2_sampler.evaluators import load_evaluator
+from core2_sampler.evaluators import load_evaluator, shipped
 from core2_sampler.evaluators.base import Evaluator
 from core2_sampler.evaluators.cost import online_share
 from core2_sampler.evaluators.images import Finals, ImageFolder, final_latents
@@ -38,6 +39,7 @@ from core2_sampler.guidance import make_predict
 from core2_sampler.plan import make_plan
 from core2_sampler.samplers import sample_euler
 from core2_sampler.schedules import flow_sigmas
+from core2_sampler.shapes import MODELS
 from core2_sampler.testing import GaussianDenoiser
 from core2_sampler.trajectory import Record, TrajectoryStore
 from core2_sampler.types import Conditioning
@@ -133,6 +135,28 @@ def test_what_is_no_evaluator_is_refused(tmp_path):
         LatentEvaluator("fidelity", "sd3", 4, 8, 8, width=100)
 
 
+def test_a_shipped_evaluator_is_found_by_its_kind(evaluator, tmp_path, monkeypatch):
+    assert shipped.SHIPPED.is_relative_to(MODELS)  # package data holds models/**
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "shipped")
+    kind = evaluator.config.kind
+    evaluator.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "card.json").write_text("{}")
+    for _ in range(2):  # a second one takes its place
+        folder = shipped.ship_evaluator(tmp_path / "own")
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    for name in (kind, f"shapes-{kind}", folder):
+        again = load_evaluator(shipped.find_evaluator(name, "sd3"), "sd3")
+        assert again.dtype == torch.float32
+        torch.testing.assert_close(scored(again), scored(evaluator), atol=0.03, rtol=0.01)
+    with pytest.raises(ValueError, match=rf"shipped for sd3 \({kind}\), got {kind}x"):
+        shipped.find_evaluator(f"{kind}x", "sd3")
+    with pytest.raises(ValueError, match=r"shipped for flux \(none is\), got"):
+        shipped.find_evaluator(kind, "flux")
+
+
 def test_it_can_start_from_another_kind(global_random_state):
     first, second = small("alignment", seed=1), small("preference", seed=2)
     x, sigma = noise(2, CHANNELS, 8, 8), torch.full((2,), 0.4)
@@ -196,17 +220,33 @@ def test_an_edited_caption_means_something_else(text, words, possible):
     assert {edit_words(text, words, random.Random(seed)) for seed in range(20)} == possible
 
 
+@pytest.mark.parametrize(
+    ("text", "possible"),
+    [
+        ("a red star and a blue ring", {"a blue star and a red ring"}),
+        ("a red star left of a ring", {None}),
+        ("a red star and a red ring", {None}),
+    ],
+)
+def test_a_swap_only_changes_the_order(text, possible):
+    groups = (COLORS, *SIDES)
+    assert {edit_words(text, groups, random.Random(seed), True) for seed in range(9)} == possible
+
+
 class World:
-    """Images whose channels 0, 1, 2 are what number, color and side their caption says."""
+    """Images whose channels 0, 1, 2 are what number, first color and side their caption says."""
 
     def captions(self, name, count):
         rng = random.Random(name)
-        parts = (("two", "three"), ("red", "blue"), ("left", "right"))
+        parts = (("two", "three"), ("red blue", "blue red"), ("left", "right"))
         return [f"{' '.join(rng.choice(part) for part in parts)}" for _ in range(count)]
 
     def images(self, texts, seed):
         signs = torch.tensor(
-            [[1.0 if w in ("two", "red", "left") else -1.0 for w in t.split()] for t in texts]
+            [
+                [1.0 if w in ("two", "red", "left") else -1.0 for w in (a, b, d)]
+                for a, b, _, d in map(str.split, texts)
+            ]
         )
         x0 = 0.3 * noise(len(texts), CHANNELS, SIDE, SIDE, seed=seed)
         x0[:, :3] += signs.reshape(-1, 3, 1, 1)
@@ -226,8 +266,10 @@ def vector(word):
 
 
 def read(texts):
-    """Encode each word as a vector of its own."""
-    vectors = torch.stack([torch.stack([vector(word) for word in t.split()]) for t in texts])
+    """Encode each word as a vector of its own and of its place."""
+    vectors = torch.stack(
+        [torch.stack([vector(w).roll(i) for i, w in enumerate(t.split())]) for t in texts]
+    )
     return Conditioning(vectors, vectors[:, :, :POOLED_DIM].flatten(1)[:, :POOLED_DIM])
 
 
@@ -246,7 +288,7 @@ def source_of(kind):
     if kind.lesson == "captions":
         return CaptionPairs(world)
     if kind.lesson == "edits":
-        return EditPairs(world, kind.words)
+        return EditPairs(world, kind.words, kind.swaps)
     if kind.lesson == "generated":
         return RealPairs(world, finals, 0.3)
     return RankedPairs(finals, ranks, 0.3)
@@ -320,6 +362,8 @@ def test_words_that_no_caption_has_do_not_replace_any():
     assert all(a != b for a, b in zip(pairs.texts, pairs.other_texts, strict=True))
     with pytest.raises(ValueError, match="at least two of the words"):
         EditPairs(World(), (("above", "below"),))
+    with pytest.raises(ValueError, match="at least two of the words"):
+        EditPairs(World(), (NUMBERS,), swaps=True)
 
 
 def test_nothing_held_out_is_refused():

@@ -12,7 +12,7 @@ from core2_sampler.cli import evaluators
 from core2_sampler.cli.evaluators import ShapesImages, app, encode_pixels, rank, read_captions
 from core2_sampler.cli.loading import load_model
 from core2_sampler.config import ConfigError
-from core2_sampler.evaluators import load_evaluator
+from core2_sampler.evaluators import load_evaluator, shipped
 from core2_sampler.evaluators.images import Finals
 from core2_sampler.model_files import find_model
 from core2_sampler.shapes.batches import sample_scenes
@@ -51,6 +51,13 @@ def test_an_evaluator_is_trained_and_saved_with_its_card(tmp_path, monkeypatch):
     assert (
         card["steps"] == 2 and card["model"] == "shapes-sd3" and 0 < card["held_out_accuracy"] < 1
     )
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "shipped")
+    call("ship", str(out))
+    found = shipped.find_evaluator("shapes-numeracy", "sd3")
+    assert json.loads((found / "card.json").read_text()) == card
+    assert load_evaluator(found, "sd3").config.patch_size == 2
+    with pytest.raises(ConfigError, match="folder that `core2 evaluators train` wrote"):
+        call("ship", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

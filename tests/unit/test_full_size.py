@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from functools import cache
 
 import pytest
@@ -18,9 +19,12 @@ from core2_sampler.benchmarks.full_size import (
     build_denoiser,
     build_head,
     measure,
+    share_at_full_size,
     write_costs,
 )
 from core2_sampler.full_size import FULL_SIZE, build_network, example_call
+from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.weak_heads import HEADS
 
 MODELS = ["flux-dev", "flux-schnell", "sd35-large", "sd35-medium", "sdxl"]
 
@@ -191,13 +195,48 @@ def test_a_size_between_two_tokens_is_refused():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_both_heads_fit(name):
+def test_all_heads_fit(name):
     parts = costs(name)
     for part in parts.values():
         assert part.output.shape == (1, FULL_SIZE.get(name).latent_channels, 128, 128)
     # both layers of the tap attend from 64 x 64 tokens to as many, at width 128
     assert parts["tap"].attention_flops == 2 * 4 * 128 * 4096**2
-    assert parts["tap"].flops <= 0.01 * parts["denoiser"].flops
+    # the four of the patch head from 32 x 32, at width 256
+    assert parts["patch"].attention_flops == 4 * 4 * 256 * 1024**2
+    for head in ("conv", "patch", "tap"):
+        assert parts[head].flops <= 0.01 * parts["denoiser"].flops
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux-dev"])
+def test_a_conv_head_costs_what_its_layers_do(name):
+    channels, large, middle, small = FULL_SIZE.get(name).latent_channels, 128**2, 64**2, 32**2
+
+    def block(into, out, pixels):
+        shortcut = into * out * pixels if into != out else 0
+        return 9 * (into + out) * out * pixels + 256 * out + shortcut
+
+    convolutions = [(2 * channels, 64, large), (64, channels, large)]
+    convolutions += [(64, 64, middle), (128, 128, small)]  # down
+    convolutions += [(128, 128, middle), (128, 128, large)]  # up
+    blocks = [(64, 64, large), (64, 128, middle), *[(128, 128, small)] * 3]  # down, middle
+    blocks += [(256, 128, small)] * 2 + [(256, 128, middle), (192, 128, middle)]  # up, with skips
+    blocks += [(192, 64, large), (128, 64, large)]
+    wanted = sum(9 * into * out * pixels for into, out, pixels in convolutions)
+    wanted += sum(block(*each) for each in blocks) + 64 * 256 + 256 * 256  # noise level
+    assert costs(name)["conv"].flops == 2 * wanted
+
+
+def test_a_heads_own_options_count_at_full_size():
+    pipe = tiny_sd3_pipeline()
+    denoiser = pipe.family.denoiser(pipe)
+    parts = costs("sd35-large")
+    tap = HEADS.get("tap").for_denoiser(denoiser)
+    assert share_at_full_size(tap, denoiser) == parts["tap"].flops / parts["denoiser"].flops
+    wide = HEADS.get("adapter").for_denoiser(denoiser, rank=16)  # the table has rank 8
+    wanted = 2 * parts["adapter"].flops / parts["denoiser"].flops
+    assert share_at_full_size(wide, denoiser) == pytest.approx(wanted)
+    few = HEADS.get("adapter").for_denoiser(denoiser, targets=("to_q",))
+    assert math.isnan(share_at_full_size(few, denoiser))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -256,6 +256,7 @@ def test_the_card_says_how_the_head_was_made_and_how_far_it_is_off(setup, source
     assert card["data"]["records"] == 49 and "0" in "".join(card["data"]["rounds"])
     assert card["parameters"] == len(weights(head))
     assert set(card["relative_gap_error"]) == {"2", "3.5", "5"}
+    assert len(card["gap_power"]) == len(card["noise_bins"]) - 1 and min(card["gap_power"]) > 0
     assert all(len(e) == len(card["noise_bins"]) - 1 for e in card["relative_gap_error"].values())
     saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert sum(t.numel() for t in saved.values()) == card["parameters"]

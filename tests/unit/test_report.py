@@ -113,5 +113,13 @@ def test_contact_sheet_keeps_every_image_apart():
     assert long.height > contact_sheet([(red, blue)], ["a word"], side=32).height + 60
     edge = [long.getpixel((long.width - 1, y)) for y in range(long.height)]
     assert set(edge) == {(255, 255, 255)}  # no caption is cut
+    wide = contact_sheet(
+        [(red, blue), (blue, red), (red, red)], ["a", "b", "c"], side=32, columns=2
+    )
+    assert wide.width == 2 * sheet.width and wide.height == sheet.height
+    colors = [wide.getpixel((sheet.width + x, y)) for y in (32, 84) for x in (16, 52)]
+    assert colors == [(0, 0, 255), (255, 0, 0), (255, 255, 255), (255, 255, 255)]
+    flat = contact_sheet([(Image.new("RGB", (64, 32), "red"),)], [""], side=32)
+    assert [flat.getpixel((16, y)) for y in (32, 40)] == [(255, 0, 0), (255, 255, 255)]
     with pytest.raises(ValueError, match="one caption"):
         contact_sheet([(red,)], [])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from core2_sampler.benchmarks.fetch import fetch
+from core2_sampler.benchmarks.prompt_files import read_rows
 from core2_sampler.benchmarks.scorers import SCORERS
-from core2_sampler.benchmarks.suites import HPD_STYLES, SUITES, T2I_CATEGORIES, load, read_rows
+from core2_sampler.benchmarks.suites import HPD_STYLES, SUITES, T2I_CATEGORIES, load
 from core2_sampler.shapes.world import held_out_prompts
 
 DATA = os.environ.get("CORE2_DATA")

@@ -1,0 +1,171 @@
+"""The runs of ``core2 bench dynamic-cfg``, their numbers and the plot of what was picked."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from core2_sampler.benchmarks.arms import Arm
+from core2_sampler.benchmarks.cli import run_arms
+from core2_sampler.benchmarks.dynamic_cfg import (
+    DynamicCfgConfig,
+    constant_arms,
+    mean_arm,
+    static_arms,
+)
+from core2_sampler.benchmarks.frechet import frechet_distance, image_features, real_features
+from core2_sampler.benchmarks.progress import progress_bar
+from core2_sampler.benchmarks.report import Row
+from core2_sampler.benchmarks.ruled import Ruled, online, oracle, run_ruled, shuffled
+from core2_sampler.benchmarks.scorers import SCORERS
+from core2_sampler.benchmarks.stats import Estimate
+from core2_sampler.benchmarks.study import ArmResult, Study, result_rows
+from core2_sampler.benchmarks.study_table import estimate, score_change, with_metric
+from core2_sampler.scales import OnlineScale
+
+if TYPE_CHECKING:
+    from core2_sampler.evaluators.base import Evaluator
+
+NAMED_TASKS = ("counting", "position")
+"""The tasks whose differences are told apart from the overall one."""
+
+_ADAPTIVE, _MEAN = "online-adaptive", "online-mean"
+
+
+@dataclass(slots=True)
+class Runs:
+    """What was run.
+
+    Attributes:
+        best: the result at the constant scale with the highest overall score.
+        scorer: the Shapes CLIP.
+        results: all results, in the order of the table.
+        scales: by name of the arms under a rule, the scale of each image in each step, [n, N].
+        abouts: by name of the arms that are made for this study, one line each.
+    """
+
+    best: ArmResult
+    scorer: Any
+    results: list[ArmResult]
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    abouts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best_scale(self) -> float:
+        """The constant scale of `best`."""
+        return self.best.arm.guidance_scale
+
+    def add(self, study: Study, arm: Arm, ruled: Ruled) -> Tensor:
+        """Run an arm under a rule, and return what it picked, [n, N]."""
+        with progress_bar(ruled.name, len(study.cases)) as bar:
+            result, scales = run_ruled(study, arm, ruled, on_images=bar.advance)
+        self.results.append(result)
+        self.scales[ruled.name], self.abouts[ruled.name] = scales, ruled.about
+        return scales
+
+    def rows(self, study: Study, command: str) -> list[Row]:
+        """Return all numbers of all arms."""
+        real = real_features(self.scorer, study.prompts)
+        return [
+            row for result in self.results for row in self._rows_of(study, result, real, command)
+        ]
+
+    def _rows_of(
+        self, study: Study, result: ArmResult, real: np.ndarray, command: str
+    ) -> list[Row]:
+        is_best = result is self.best
+        reference = None if is_best else self.best
+        rows = result_rows(study, result, reference, against="best_constant", command=command)
+        first = rows[0]
+        if not is_best:
+            change = score_change(result, self.best)
+            rows += [
+                with_metric(first, f"{task}_minus_best_constant", estimate(study, change, task))
+                for task in NAMED_TASKS
+                if task in study.tasks
+            ]
+        images = [Image.fromarray(image.numpy()) for image in result.images]
+        clip = self.scorer.score(images, [case.prompt.text for case in study.cases]) / 100
+        distance = frechet_distance(image_features(self.scorer, images), real)
+        return [
+            *rows,
+            with_metric(first, "clip_score", estimate(study, clip)),
+            with_metric(first, "frechet_distance", Estimate(distance, math.nan, math.nan)),
+            with_metric(first, "effective_scale", estimate(study, self._effective(result))),
+        ]
+
+    def _effective(self, result: ArmResult) -> Tensor:
+        """Return the mean scale of each image over the steps, [n]."""
+        if result.arm.name in self.scales:
+            return self.scales[result.arm.name].mean(1)
+        steps = result.arm.plan(in_model=False).steps
+        scales = [1.0 if step.kind == "cond" else step.guidance_scale for step in steps]
+        return torch.full((len(result.correct),), sum(scales) / len(scales))
+
+
+def run_study(study: Study, config: DynamicCfgConfig, evaluators: Mapping[str, Evaluator]) -> Runs:
+    """Run all arms: constant scales, static rules, online rules and their controls, the oracle."""
+    sweep = run_arms(study, constant_arms(config))
+    best = max(sweep, key=lambda result: result_rows(study, result, command="")[0].value)
+    scorer = SCORERS.get("shapes-clip").load(device=str(study.pipe.device))
+    static = run_arms(study, static_arms(config, best.arm.guidance_scale))
+    runs = Runs(best, scorer, [*sweep, *static])
+    arm = Arm("online", "cfg", config.steps, max(config.candidates))
+    rule = partial(OnlineScale, candidates=config.candidates)
+    for name, evaluator in evaluators.items():
+        alone = rule({name: evaluator})
+        runs.add(study, arm, online(f"online-{name}", f"picked by {name} alone", alone))
+    equal = rule(evaluators, weights=dict.fromkeys(evaluators, 1.0))
+    runs.add(study, arm, online("online-fixed", "picked by all evaluators, weighed alike", equal))
+    adaptive = online(_ADAPTIVE, "picked by all, weighed by their relative gain", rule(evaluators))
+    picked = runs.add(study, arm, adaptive)
+    mean = mean_arm(_MEAN, arm, picked.mean(0).tolist())
+    runs.results += run_arms(study, [mean])
+    runs.abouts[_MEAN] = f"the mean of {_ADAPTIVE} over all images, for all: {mean.scale_rule}"
+    text = f"each image's own scales of {_ADAPTIVE} in another order of the steps"
+    runs.add(study, arm, shuffled("online-shuffled", text, study, picked, adaptive.key))
+    text = "picked by the judge, on the image that each candidate leads to; ties by the Shapes CLIP"
+    runs.add(study, arm, oracle("oracle", text, study, config.steps, config.candidates, scorer))
+    return runs
+
+
+def pattern_plot(study: Study, runs: Runs) -> bytes:
+    """Draw the mean scale of each step: of all arms under a rule, and of one by task; a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the plot needs matplotlib: pip install 'core2-sampler[bench]'"
+        ) from error
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, scales in runs.scales.items():
+        _draw(left, scales, name)
+    tasks = [case.prompt.task for case in study.cases]
+    for task in study.tasks:
+        own = [i for i, other in enumerate(tasks) if other == task]
+        _draw(right, runs.scales[_ADAPTIVE][own], task)
+    left.set(xlabel="step", ylabel="guidance scale picked, mean of images", title="by arm")
+    right.set(xlabel="step", title=f"{_ADAPTIVE} by task")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw(axes: Any, scales: Tensor, label: str) -> None:
+    """Draw the mean of the images [n, N] with a band of one standard error."""
+    mean = scales.mean(0)
+    error = scales.std(0, correction=0) / math.sqrt(len(scales))
+    steps: Sequence[int] = range(len(mean))
+    axes.plot(steps, mean, marker=".", label=label)
+    axes.fill_between(steps, mean - error, mean + error, alpha=0.15, linewidth=0)
+    axes.legend(fontsize="small")

@@ -1,0 +1,87 @@
+"""What the studies of Shapes add to the rows of a result, and their page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from core2_sampler.benchmarks.cli import about_study
+from core2_sampler.benchmarks.options import StudyConfig
+from core2_sampler.benchmarks.report import Row, markdown_table, write_rows, write_table
+from core2_sampler.benchmarks.stats import Array, Estimate, mean_estimate
+from core2_sampler.benchmarks.study import ArmResult, Study
+
+PLAIN = ("effective_scale", "frechet_distance")
+"""Metrics that are no shares, and are not told in percent."""
+
+
+class Config(Protocol):
+    """What the options of a study have in common."""
+
+    @property
+    def study(self) -> StudyConfig:
+        """The study's options."""
+        ...
+
+    @property
+    def out(self) -> Path:
+        """The table."""
+        ...
+
+
+def score_change(result: ArmResult, reference: ArmResult) -> Array:
+    """Return the difference of two arms' verdicts image by image, [n]."""
+    return np.asarray(result.correct, dtype=np.float64) - np.asarray(reference.correct)
+
+
+def estimate(study: Study, values: Any, task: str | None = None) -> Estimate:
+    """Estimate the mean of one number an image [n], of one task or as the mean of all tasks."""
+    cases = study.cases
+    chosen = [i for i, case in enumerate(cases) if task in (None, case.prompt.task)]
+    clusters = [cases[i].prompt.id for i in chosen]
+    strata = [cases[i].prompt.task for i in chosen]
+    return mean_estimate(np.asarray(values, dtype=np.float64)[chosen], clusters, strata)
+
+
+def with_metric(row: Row, metric: str, found: Estimate) -> Row:
+    """Return a row of the same arm with another number of it."""
+    return dataclasses.replace(
+        row, metric=metric, value=found.value, low=found.low, high=found.high
+    )
+
+
+def write_study(config: Config, study: Study, rows: Sequence[Row], title: str, text: str) -> None:
+    """Write a study's table as Markdown and JSON, and print it.
+
+    Args:
+        config: of the command.
+        study: what was run.
+        rows: the numbers; those in `PLAIN` get a table of their own.
+        title: heading.
+        text: Markdown that follows the tables.
+    """
+    about = about_study(config.study, study)
+    shares = [row for row in rows if row.metric not in PLAIN]
+    page = f"{_plain_table([row for row in rows if row.metric in PLAIN])}\n\n{text}"
+    files = write_table(config.out, shares, title=title, provenance=about, text=page)
+    write_rows(files[1], [(row, about) for row in rows])
+    print(markdown_table(shares), page, f"Wrote {files[0]} and {files[1]}", sep="\n\n")
+
+
+def _plain_table(rows: Sequence[Row]) -> str:
+    """Return one line for each arm, with three digits of each number."""
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    arms: dict[tuple[str, int, float], dict[str, str]] = {}
+    for row in rows:
+        own = arms.setdefault((row.arm, row.steps, row.guidance_scale), {})
+        own[row.metric] = f"{row.value:.3g}"
+    lines = [["arm", "steps", "scale", *(metric.replace("_", " ") for metric in metrics)]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for (arm, steps, scale), cells in arms.items():
+        numbers = [cells.get(metric, "") for metric in metrics]
+        lines.append([arm, f"{steps}", f"{scale:g}", *numbers])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,232 @@
+"""``core2 bench dynamic-cfg`` on a tiny random pipeline of the real classes.
+
+Truth: closed forms of the Frechet distance, runs of CFG at one scale, and for the oracle its last
+step, whose candidates are the images that runs of one step end with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from core2_sampler.benchmarks import ruled
+from core2_sampler.benchmarks.arms import Arm, build_arms
+from core2_sampler.benchmarks.dynamic_cfg import (
+    DynamicCfgConfig,
+    bench_dynamic_cfg,
+    evaluator_folders,
+    mean_arm,
+)
+from core2_sampler.benchmarks.frechet import frechet_distance
+from core2_sampler.benchmarks.generate import judge_arm
+from core2_sampler.benchmarks.options import StudyConfig
+from core2_sampler.benchmarks.ruled import online, oracle, run_ruled, shuffled
+from core2_sampler.benchmarks.scorers import SCORERS
+from core2_sampler.benchmarks.study import Study
+from core2_sampler.config import ConfigError
+from core2_sampler.evaluators.network import LatentEvaluator
+from core2_sampler.model_files import find_model
+from core2_sampler.scales import CallableScale, OnlineScale
+from core2_sampler.shapes.world import held_out_prompts
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline
+
+N, LENGTH = 3, 16
+ARM = Arm("online", "cfg", N, 7.5)
+CANDIDATES = (1.0, 3.0, 7.5)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Right or wrong."""
+
+    correct: bool
+    reason: str = ""
+
+
+def odd(image, prompt):
+    """Judge by something that differs from image to image."""
+    return Verdict(int(10 * np.asarray(image, dtype=float).mean()) % 2 == 1)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return Study(
+        pipe=tiny_sd3_pipeline(),
+        family="sd3",
+        prompts=tuple(held_out_prompts(4)),
+        seeds=(0, 1),
+        judge=odd,
+        folder=tmp_path,
+        batch_size=3,
+        max_sequence_length=LENGTH,
+        keep_latents=True,
+    )
+
+
+def evaluator(pipe, kind):
+    length = {"max_sequence_length": LENGTH}
+    prompt, _ = pipe.family.encode(pipe, ["a"], **length)
+    sizes = {"patch_size": 2, "width": 64, "num_layers": 1}
+    x = torch.empty(1, 4, 8, 8)
+    return LatentEvaluator.for_model(kind, pipe.family.name, x, prompt, **sizes).eval()
+
+
+def rule_of(study, candidates=CANDIDATES):
+    return OnlineScale({"alignment": evaluator(study.pipe, "alignment")}, candidates)
+
+
+def test_the_frechet_distance_is_that_of_gaussians():
+    def points(means, deviations):
+        """Return points of exactly these means and deviations, without correlation."""
+        size = len(means)
+        cross = np.concatenate([np.eye(size), -np.eye(size)]) * np.sqrt((2 * size - 1) / 2)
+        return cross * deviations + means
+
+    a = points(np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]))
+    b = points(np.array([0.5, 1.0, 0.0]), np.array([2.0, 2.0, 0.5]))
+    wanted = (0.25 + 4) + (1 + 0 + 6.25)  # |m - m'|^2, and (s - s')^2 of each axis
+    assert frechet_distance(a, b) == pytest.approx(wanted)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(wanted)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="at least two images, got 1 and 6"):
+        frechet_distance(a[:1], b)
+
+
+def test_an_arm_carries_its_rule_to_the_pipeline():
+    rule = CallableScale(lambda pair: pair.x[:, 0, 0, 0])
+    assert replace(ARM, sample_rule=rule).config().sample_rule is rule
+    assert ARM.config().sample_rule is None
+
+
+def test_one_candidate_is_cfg_at_that_scale_and_nothing_is_made_twice(study, monkeypatch):
+    done = []
+    result, scales = run_ruled(
+        study, ARM, online("o", "", rule_of(study, (3.0,))), on_images=done.append
+    )
+    truth = judge_arm(study, replace(ARM, guidance_scale=3.0))
+    torch.testing.assert_close(result.latents, truth.latents, atol=1e-5, rtol=1e-5)
+    assert torch.equal(scales, torch.full((8, N), 3.0))
+    assert (result.arm.name, result.nfe, done) == ("o", 2 * N, [3, 3, 2])
+    assert result.correct == [odd(result.image(i), None).correct for i in range(8)]
+    monkeypatch.setattr(ruled, "generate", None)
+    again, same = run_ruled(study, ARM, online("o", "", rule_of(study, (3.0,))))
+    assert torch.equal(again.latents, result.latents) and torch.equal(same, scales)
+    with pytest.raises(TypeError):  # another list of candidates is another folder
+        run_ruled(study, ARM, online("o", "", rule_of(study, (3.0, 7.5))))
+
+
+def test_shuffled_scales_are_each_images_own_in_another_order(study):
+    picked = torch.arange(8 * N).reshape(8, N) + 2.0
+    _, scales = run_ruled(study, ARM, shuffled("s", "", study, picked, "key"))
+    assert torch.equal(scales.sort(1).values, picked) and not torch.equal(scales, picked)
+    other = replace(study, batch_size=8, folder=study.folder / "other")
+    assert torch.equal(run_ruled(other, ARM, shuffled("s", "", study, picked, "key"))[1], scales)
+
+
+def test_the_oracle_of_one_step_takes_the_image_that_is_judged_best(study):
+    scorer = SCORERS.get("shapes-clip").load()
+    one = replace(ARM, steps=1)
+    ends = [judge_arm(study, replace(one, guidance_scale=s)) for s in CANDIDATES]
+    texts = [case.prompt.text for case in study.cases]
+    clip = [scorer.score([end.image(i) for i in range(8)], texts) for end in ends]
+    right = torch.tensor([end.correct for end in ends]).double()
+    assert 0 < int(right.sum()) < right.numel()
+    best = (1000 * right + torch.stack(clip)).argmax(0)
+    result, scales = run_ruled(study, one, oracle("oracle", "", study, 1, CANDIDATES, scorer))
+    assert torch.equal(scales[:, 0], torch.tensor(CANDIDATES)[best])
+    assert result.correct == right.max(0).values.bool().tolist()
+
+
+def test_a_mean_schedule_is_run_as_it_is():
+    arm = mean_arm("mean", ARM, [5.0, 2.5, 1.25])
+    assert [step.guidance_scale for step in arm.plan(False).steps] == [5.0, 2.5, 1.25]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model and untrained evaluators."""
+    root = tmp_path_factory.mktemp("dynamic")
+    pipe = tiny_sd3_pipeline()
+    pipe.save_pretrained(root / "model")
+    for kind in ("alignment", "fidelity"):
+        evaluator(pipe, kind).save_pretrained(root / kind)
+    evaluator(tiny_flux_pipeline(), "fidelity").save_config(root / "flux")
+    return root
+
+
+def config_of(folders, out, kinds=("alignment", "fidelity"), **changes):
+    study = StudyConfig(
+        model=str(folders / "model"),
+        prompts=4,
+        seeds=1,
+        max_sequence_length=LENGTH,
+        cache=out / "cache",
+        device="cpu",
+    )
+    names = tuple(str(folders / kind) for kind in kinds)
+    return DynamicCfgConfig(study, evaluators=names, out=out / "d.md", **changes)
+
+
+def test_the_command_writes_the_table_and_the_plot(folders, tmp_path):
+    config = config_of(folders, tmp_path, steps=N, scales=(1.0, 3.0), candidates=(1.0, 3.0))
+    bench_dynamic_cfg(config)
+    rows = json.loads((tmp_path / "d.json").read_text())
+    arms = list(dict.fromkeys((row["arm"], row["guidance_scale"]) for row in rows))
+    static = [arm.name for arm in build_arms(("interval", "linear"), N, 3.0, {})]
+    assert arms[:2] == [("cfg", 1.0), ("cfg", 3.0)] and arms[2][0] == static[0]
+    assert [name for name, _ in arms[7:]] == [
+        "online-alignment",
+        "online-fidelity",
+        "online-fixed",
+        "online-adaptive",
+        "online-mean",
+        "online-shuffled",
+        "oracle",
+    ]
+    told = {(row["arm"], row["metric"]): row["value"] for row in rows if row["arm"] != "cfg"}
+    assert told["online-mean", "effective_scale"] == pytest.approx(
+        told["online-adaptive", "effective_scale"], rel=1e-5
+    )
+    assert told["online-shuffled", "effective_scale"] == pytest.approx(
+        told["online-adaptive", "effective_scale"], rel=1e-5
+    )
+    assert told["linear", "effective_scale"] == pytest.approx(  # falls to 1 about the best scale
+        rows_of(rows, "linear")[0]["guidance_scale"]
+    )
+    for metric in ("counting_minus_best_constant", "clip_score", "frechet_distance"):
+        assert ("oracle", metric) in told
+    assert rows_of(rows, "oracle")[0]["command"].startswith("core2 bench dynamic-cfg --steps 3")
+    assert {row["nfe"] for row in rows_of(rows, "online-adaptive")} == {2 * N}
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "d.md").read_text()
+    assert "d.png" in text and "| online-adaptive | 3 | 3 |" in text
+
+
+def rows_of(rows, arm):
+    return [row for row in rows if row["arm"] == arm]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (("alignment",), "at least two of different names, got .*alignment"),
+        (("alignment", "alignment"), "at least two of different names"),
+        (("alignment", "flux"), "the family 'sd3' of .*, got 'flux'"),
+        (("alignment", "model"), "folder that `core2 evaluators train` wrote, got"),
+        (("alignment", "nothing"), "or one that is shipped for sd3"),
+    ],
+)
+def test_evaluators_that_do_not_fit_are_refused(folders, tmp_path, kinds, message):
+    config = config_of(folders, tmp_path, kinds)
+    with pytest.raises(ConfigError, match=message):
+        evaluator_folders(config, find_model(config.study.model))
+
+
+def test_candidates_without_guidance_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="above 1, got"):
+        config_of(folders, tmp_path, candidates=(1.0,))

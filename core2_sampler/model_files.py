@@ -51,6 +51,7 @@ class HeadFiles:
         reads_negative: whether it reads the negative prompt, also where no step runs it.
         multiple: height and width must be a multiple of it, px, beside what the model asks for.
         own: whether the model's pipeline loads it by itself.
+        weak_guidance: FLUX: the embedded guidance that stands for uncond in the gap it learned.
     """
 
     name: str
@@ -61,6 +62,7 @@ class HeadFiles:
     reads_negative: bool = False
     multiple: int = 1
     own: bool = False
+    weak_guidance: float | None = None
 
     def check_scale(self, guidance_scale: float) -> None:
         """Raise ConfigError if the head was not made for this guidance scale."""
@@ -284,6 +286,7 @@ def _head_files(name: str, source: str, inside: str, model: ModelFiles) -> HeadF
         # The released SD3.5 head reads the empty prompt in its place.
         bool(config.get("released")) and model.family == "sdxl",
         2 * model.pixels if pairs else 1,
+        weak_guidance=config.get("weak_guidance"),
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from core2_sampler.evaluators.base import Evaluator
-from core2_sampler.evaluators.mixing import adaptive_weights, normalised
+from core2_sampler.evaluators.mixing import adaptive_weights, mixed
 from core2_sampler.precision import wide
 from core2_sampler.samplers import sample_euler
 from core2_sampler.types import Conditioning, Denoiser
@@ -104,11 +104,11 @@ class CallableScale:
     """
 
     choose: Callable[[Pair], Tensor]
-    _record: _Record = field(default_factory=_Record)
+    record: _Record = field(default_factory=_Record)
 
     def begin(self, denoiser: Denoiser, levels: Sequence[float]) -> None:
         """Forget the run before."""
-        self._record = _Record(len(levels) - 1)
+        self.record = _Record(len(levels) - 1)
 
     def __call__(self, pair: Pair) -> Tensor:
         """Return the scale of each sample, [B].
@@ -122,12 +122,12 @@ class CallableScale:
                 f"a scale rule must return one scale a sample [{len(pair.x)}], got the shape "
                 f"{tuple(scale.shape)}"
             )
-        return self._record.keep(pair.i, scale.to(pair.x.device))
+        return self.record.keep(pair.i, scale.to(pair.x.device))
 
     @property
     def schedule(self) -> Tensor | None:
         """The scales of the run so far, [N, B]; see `SampleRule`."""
-        return self._record.stacked()
+        return self.record.stacked()
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +148,7 @@ class OnlineScale:
     candidates: Sequence[float] = CANDIDATES
     weights: Mapping[str, float] | Literal["adaptive"] = "adaptive"
     upstream: bool = False
-    _record: _Record = field(default_factory=_Record)
+    record: _Record = field(default_factory=_Record)
     _before: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -180,23 +180,22 @@ class OnlineScale:
                     f"after {sigma:.4g} at step {i}: take a scheduler of first order, or another "
                     "scale rule"
                 )
-        self._record, self._before = _Record(len(levels) - 1), None
+        self.record, self._before = _Record(len(levels) - 1), None
 
     @torch.no_grad()
     def __call__(self, pair: Pair) -> Tensor:
         """Return the best candidate of each sample, [B]."""
         scores = self.scores(pair)  # [E, K, B]
         if self.weights != "adaptive":
-            fixed = scores.new_tensor([self.weights[name] for name in self.evaluators])
-            total = torch.einsum("e,ekb->kb", fixed, normalised(scores))
+            fixed = scores.new_tensor([[self.weights[name]] for name in self.evaluators])
+            total = mixed(scores, fixed)
         else:
             now = scores.mean(1)  # [E, B]
             weights = adaptive_weights(now, self._before, upstream=self.upstream)
             self._before = now
-            mixed = scores if self.upstream else normalised(scores)
-            total = torch.einsum("eb,ekb->kb", weights, mixed)
+            total = mixed(scores, weights, raw=self.upstream)
         best = total.argmax(0)  # [B]
-        return self._record.keep(pair.i, scores.new_tensor(self.candidates)[best])
+        return self.record.keep(pair.i, scores.new_tensor(self.candidates)[best])
 
     def scores(self, pair: Pair) -> Tensor:
         """Return what each evaluator says of each candidate of each sample, [E, K, B]."""
@@ -212,7 +211,7 @@ class OnlineScale:
     @property
     def schedule(self) -> Tensor | None:
         """The scales of the run so far, [N, B]; see `SampleRule`."""
-        return self._record.stacked()
+        return self.record.stacked()
 
 
 def next_latents(pair: Pair, scale: float | Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from transformers import (
 
 from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.adapters.flux import FluxFamily, check_cache, with_guidance
-from core2_sampler.pipelines.calls import check_rows
+from core2_sampler.pipelines.calls import check_rows, make_run_plan
 from core2_sampler.pipelines.flux_call import (
     HANDLED,
     IMAGES,
@@ -158,7 +158,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
             self, call.num_inference_steps, latent_size(self, call), sigmas=call.sigmas
         )
         head, scale = self.weak_head, call.true_cfg_scale
-        plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
+        plan = make_run_plan(config, head, schedule, scale)
         check_head(head, plan, self.family.denoiser(self))
         check_zigzag(self, plan, schedule)
         check_rule(config.sample_rule, plan, schedule, self.family.denoiser(self))

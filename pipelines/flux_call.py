@@ -85,8 +85,11 @@ def fill_negatives(pipe: Any, call: SimpleNamespace, plan: Plan) -> None:
         plan: of the run to come.
 
     Raises:
-        ValueError: there are not as many as prompts, or nothing could encode the empty one.
+        ValueError: there are not as many as prompts, nothing could encode the empty one, or the
+            weak head learned another gap.
     """
+    if plan.needs_head:
+        pipe.weak_head.check_gap(call.weak_guidance)
     given = [name for name in _NEGATIVE_PROMPTS if getattr(call, name)]
     given += ["weak_guidance"] * (call.weak_guidance is not None)
     if not reads_negative(pipe, plan):

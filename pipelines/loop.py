@@ -4,95 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
-from core2_sampler.fused.run import can_run
-from core2_sampler.fused.sampler import Model
-from core2_sampler.guidance import (
-    Adjust,
-    Prompts,
-    Stamp,
-    make_predict,
-    noise_levels,
-    stamp,
-)
+from core2_sampler.guidance import Prompts, make_predict, noise_levels
 from core2_sampler.pipelines.adapters.base import Schedule
+from core2_sampler.pipelines.fused_run import may_fuse, solve_fused
+from core2_sampler.pipelines.run import Interrupted, NonFiniteError, Run
 from core2_sampler.pipelines.zigzag import zigzag_predict
 from core2_sampler.samplers import sample_scheduler
 from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Plan
-from core2_sampler.types import Conditioning, Denoiser, OnStep, Predict
+from core2_sampler.types import Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
-
-
-@dataclass(slots=True)
-class Run:
-    """One call's state: what callbacks may edit, and what the loop records.
-
-    Attributes:
-        call: the stock call's arguments by name.
-        plan: one entry a timestep.
-        schedule: the noise levels.
-        latents: the initial latents, as the pipeline lays them out.
-        embeds: the stock call's other tensors by the names that callbacks know; with the negative
-            prompt's rows first where it is encoded.
-        split: makes (cond, uncond) of `embeds`; uncond None where only the prompt's rows are left.
-        adjust: see `make_predict`.
-        rule: picks the guidance scale of each sample in the steps that ask it.
-        empty: the empty prompt, for a head that reads it in place of the negative prompt.
-        finite: whether the latents were finite after each step, [N], on the latents' device.
-    """
-
-    call: SimpleNamespace
-    plan: Plan
-    schedule: Schedule
-    latents: Tensor
-    embeds: dict[str, Tensor]
-    split: Callable[[Mapping[str, Tensor]], Prompts]
-    adjust: Adjust | None = None
-    rule: SampleRule | None = None
-    empty: Conditioning | None = None
-    finite: Tensor = field(init=False)
-    _paired: bool = field(init=False)
-    _prompts: tuple[dict[str, Tensor], Stamp, Prompts] | None = None
-
-    def __post_init__(self) -> None:
-        """Start with a clean record."""
-        self.finite = torch.ones(len(self.plan), dtype=torch.bool, device=self.latents.device)
-        self._paired = self.prompts()[1] is not None
-
-    @property
-    def cut(self) -> bool:
-        """Whether a callback took the negative prompt's rows away."""
-        return self._paired and self.prompts()[1] is None
-
-    def prompts(self) -> Prompts:
-        """Return (cond, uncond) as they are now."""
-        known, now = self._prompts, stamp(*self.embeds.values())
-        if known is None or known[1] != now:
-            known = self._prompts = (dict(self.embeds), now, self.split(self.embeds))
-        return known[2]
-
 
 Observer = Callable[[Run, Denoiser, Predict], Predict]
 """``predict = observer(run, denoiser, predict)``: sees all of a run, changes nothing."""
-
-
-class NonFiniteError(RuntimeError):
-    """The latents became nan or inf."""
-
-
-class _Interrupted(Exception):
-    """A callback set ``pipe._interrupt``: the run ends with the latents as they are."""
-
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
 
 
 def check_head(head: WeakHead | None, plan: Plan, denoiser: Denoiser) -> None:
@@ -184,7 +114,7 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
         predict = pipe._core2_observer(run, denoiser, predict)
     if head is not None:
         head.begin(schedule.sigmas[: len(run.plan)].tolist(), run.empty or run.prompts()[1])
-    fused = _may_fuse(pipe, run)
+    fused = may_fuse(pipe, run)
     attached: Any = nullcontext()
     if head and head.in_model and not fused:
         attached = head.attached(denoiser.module)
@@ -195,10 +125,10 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
 
         try:
             if fused:
-                latents = _solve_fused(pipe, run, denoiser, head, on_step)
+                latents = solve_fused(pipe, run, denoiser, head, on_step)
             else:
                 latents = _solve(pipe, run, predict, on_step)
-        except _Interrupted as stopped:
+        except Interrupted as stopped:
             latents = stopped.latents
     pipe._current_timestep = None
     _check_finite(run)
@@ -264,55 +194,6 @@ def _solve(pipe: Any, run: Run, predict: Predict, on_step: OnStep) -> Tensor:
     return schedule.to_pipeline(x, len(run.plan))
 
 
-def _may_fuse(pipe: Any, run: Run) -> bool:
-    """Say whether hot steps can make the run: nothing edits, guides or watches it in between."""
-    return (
-        pipe._core2_fused is not None
-        and pipe._core2_observer is None
-        and run.call.callback_on_step_end is None
-        and not getattr(pipe, "guidance_rescale", 0.0) > 0  # the one thing that `adjust` does
-        and run.rule is None
-        and can_run(run.plan, run.schedule.solver)
-    )
-
-
-def _solve_fused(
-    pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None, on_step: OnStep
-) -> Tensor:
-    """Return the final latents of a run of hot steps."""
-    schedule, (cond, uncond) = run.schedule, run.prompts()
-    scaled = denoiser.family == "sdxl"  # it scales x before it casts
-    model = Model(
-        denoiser,
-        head,
-        input_dtype=torch.float32 if scaled else cond.prompt_embeds.dtype,
-        observes=head is not None and head.observes,
-        static_head=head is None or head.static_state,
-    )
-
-    def after(i: int, x: Tensor) -> None:
-        if i + 1 < len(run.plan):
-            pipe._current_timestep = schedule.timesteps[i + 1]  # some caches ask for it
-        try:
-            on_step(i, x)
-        except _Interrupted:
-            latents = schedule.to_pipeline(x, i + 1).to(run.latents.dtype, copy=True)
-            raise _Interrupted(latents) from None
-
-    pipe._current_timestep = schedule.timesteps[0]
-    x = pipe._core2_fused(
-        model,
-        schedule.from_pipeline(run.latents, 0),
-        schedule.sigmas,
-        run.plan,
-        cond,
-        uncond if run.plan.needs_uncond else None,
-        solver=schedule.solver,
-        on_step=after,
-    )
-    return schedule.to_pipeline(x, len(run.plan))
-
-
 def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
     """Do what the stock loop does after its update: callback, progress, interrupt."""
     call, plan = run.call, run.plan
@@ -339,7 +220,7 @@ def _after_step(pipe: Any, run: Run, bar: Any, i: int, x: Tensor) -> Tensor:
 
         xm.mark_step()
     if pipe.interrupt:
-        raise _Interrupted(x)
+        raise Interrupted(x)
     return x
 
 

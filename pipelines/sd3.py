@@ -30,6 +30,7 @@ from core2_sampler.pipelines.calls import (
     check_rows,
     check_steps,
     count_images,
+    make_run_plan,
     name_callback_tensors,
     split_rows,
     wants_uncond,
@@ -183,7 +184,7 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
             self, call.num_inference_steps, self._latent_size(call), sigmas=call.sigmas, mu=call.mu
         )
         head, scale = self.weak_head, call.guidance_scale
-        plan = config.plan(len(schedule.timesteps), scale, head is not None and head.in_model)
+        plan = make_run_plan(config, head, schedule, scale)
         check_head(head, plan, self.family.denoiser(self))
         check_zigzag(self, plan, schedule)
         check_rule(config.sample_rule, plan, schedule, self.family.denoiser(self))

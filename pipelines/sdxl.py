@@ -24,7 +24,7 @@ from core2_sampler.guidance import Adjust, Prompts, rescale
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser, SDXLFamily
-from core2_sampler.pipelines.calls import split_rows, wants_uncond
+from core2_sampler.pipelines.calls import make_run_plan, split_rows, wants_uncond
 from core2_sampler.pipelines.loop import Run, check_head, check_rule
 from core2_sampler.pipelines.sdxl_call import ENCODED, GRID, HANDLED, NEGATIVES, check_call
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
@@ -137,7 +137,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
             self._latent_size(call),
             **{name: getattr(call, name) for name in GRID},
         )
-        plan = self._plan(call, config, len(schedule.timesteps))
+        plan = self._plan(call, config, schedule)
         check_zigzag(self, plan, schedule)
         rule = config.sample_rule
         check_rule(rule, plan, schedule, self.family.denoiser(self))
@@ -158,9 +158,11 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
         def split(embeds: Mapping[str, Tensor]) -> Prompts:
             return split_rows(_side, embeds, extra, call.batch)
 
-        return Run(call, plan, schedule, latents, embeds, split, self._rescale(schedule), rule)
+        watched = call.guidance_rescale > 0 or call.callback_on_step_end is not None
+        adjust = self._rescale(schedule) if watched else None
+        return Run(call, plan, schedule, latents, embeds, split, adjust, rule)
 
-    def _plan(self, call: SimpleNamespace, config: Core2Config, steps: int) -> Plan:
+    def _plan(self, call: SimpleNamespace, config: Core2Config, schedule: Schedule) -> Plan:
         """Return the plan, once its head is known to fit."""
         head, scale = self.weak_head, call.guidance_scale
         in_model = head is not None and head.in_model
@@ -172,7 +174,7 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
             )
         if embedded:
             config = Core2Config(mode="cond", guidance_scales=config.guidance_scales)
-        plan = config.plan(steps, scale, in_model)
+        plan = make_run_plan(config, head, schedule, scale)
         call.guided = not embedded and max(step.guidance_scale for step in plan.steps) > 1
         check_head(head, plan, self.family.denoiser(self))
         if call.guidance_rescale > 0 and in_model and "fast" in plan.kinds:

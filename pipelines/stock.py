@@ -15,10 +15,11 @@ from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
-from core2_sampler.fused.compiling import How, compile_network
+from core2_sampler.fused.compiling import How, compile_network, set_attention
 from core2_sampler.fused.graphs import Graphs
+from core2_sampler.fused.modulation import check_modulated
 from core2_sampler.fused.sampler import FusedSampler
-from core2_sampler.pipelines.adapters.base import Family
+from core2_sampler.pipelines.adapters.base import Family, check_no_lone_cache
 from core2_sampler.pipelines.loop import Observer, run_loop
 from core2_sampler.plan import Core2Config, Plan
 from core2_sampler.trajectory import write_atomic
@@ -140,6 +141,7 @@ class CoRe2Mixin:
     _core2_schedule: Tensor | None = None
     _core2_observer: Observer | None = None
     _core2_fused: FusedSampler | None = None
+    _core2_vae_bf16 = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a family's class known to diffusers; a class derived from one is not asked for."""
@@ -161,27 +163,53 @@ class CoRe2Mixin:
         """
         return self._core2_schedule
 
-    def core2_compile(self, graphs: bool = True, compile: How | None = "regional") -> None:
+    def core2_compile(
+        self,
+        graphs: bool = True,
+        compile: How | None = "regional",
+        tables: bool = False,
+        attention: str | None = None,
+        vae_bf16: bool = False,
+    ) -> None:
         """Run calls with `core2` by hot steps from now on, the latents in float32 between them.
 
-        Calls with a callback, a scale rule, ``guidance_rescale``, zigzag steps or a scheduler
-        without a closed form run as before.
+        Calls with a callback, a scale rule other than an online one, ``guidance_rescale``, zigzag
+        steps as the released code makes them or a scheduler without a closed form run as before.
 
         Args:
             graphs: also capture each kind of step as a CUDA graph, on a GPU.
             compile: also compile the denoiser in place, ``regional`` or ``full``, and an output
                 head that keeps no state; None does not.
+            tables: also compute the AdaLN modulation of all steps before the first one (SD3.5,
+                FLUX); it takes memory for 64 steps at least, see
+                `core2_sampler.fused.modulation`.
+            attention: also switch the denoiser's attention to a backend of diffusers (FLUX), for
+                all calls, until ``reset_attention_backend()``; None leaves it.
+            vae_bf16: also decode in bfloat16 where a VAE in float16 is decoded in float32 (SDXL);
+                its convolutions then round to 8 significant bits.
 
         Raises:
-            ValueError: unknown `compile`.
+            ValueError: unknown `compile` or `attention`, or the denoiser cannot have `tables` or
+                does not ask for a backend, or no VAE of the family is decoded in float32.
         """
         pipe: Any = self
+        denoiser = self.family.denoiser(self)
+        if vae_bf16 and self.family.name != "sdxl":
+            raise ValueError(
+                f"vae_bf16 must be False for {self.family.name}, whose VAE decodes in its own "
+                "dtype: load it in bfloat16"
+            )
+        self._core2_vae_bf16 = vae_bf16
+        if tables:
+            check_modulated(denoiser)
+        if attention is not None:
+            set_attention(denoiser.module, attention)
         if compile is not None:
-            compile_network(self._denoiser().module, compile)
+            compile_network(denoiser.module, compile)
             head = pipe.weak_head
             if head is not None and not head.in_model and head.static_state:
                 head.compile(fullgraph=True)
-        self._core2_fused = FusedSampler(Graphs() if graphs else None)
+        self._core2_fused = FusedSampler(Graphs() if graphs else None, tables)
 
     def _forget(self) -> None:
         """Forget what is told of the latest call."""
@@ -190,6 +218,7 @@ class CoRe2Mixin:
     def _sample(self, call: SimpleNamespace, config: Core2Config) -> Any:
         """Return the images, or latents, of a call with `core2`."""
         pipe: Any = self
+        check_no_lone_cache(getattr(pipe, "unet", None) or pipe.transformer)
         run = pipe._prepare(call, config)
         self._core2_plan = run.plan
         if run.plan.needs_head and pipe.weak_head.needs_negative == "empty":

@@ -53,6 +53,7 @@ class AdapterHead(WeakHead):
         rank: int = 8,
         reference_scale: float = 4.5,
         scale_range: tuple[float, float] = (4.5, 4.5),
+        weak_guidance: float | None = None,
     ) -> None:
         """Build the head.
 
@@ -63,6 +64,8 @@ class AdapterHead(WeakHead):
             rank: of each adapter.
             reference_scale: guidance scale at which the strength is 1.
             scale_range: lowest and highest guidance scale, above 1, that it is trained for.
+            weak_guidance: FLUX: the embedded guidance that stands for uncond in the gap it learns;
+                None is the negative prompt.
         """
         super().__init__()
         low, high = scale_range

@@ -94,6 +94,20 @@ class WeakHead(ModelMixin, ConfigMixin):
                 "train one for this model"
             )
 
+    def check_gap(self, weak_guidance: float | None) -> None:
+        """Raise ValueError unless the head learned this gap; one that learned none fits any.
+
+        Args:
+            weak_guidance: FLUX: the embedded guidance that stands for uncond; None is the negative
+                prompt.
+        """
+        learned = self.config.get("weak_guidance", weak_guidance)
+        if learned != weak_guidance:
+            raise ValueError(
+                f"weak_guidance must be {learned} for this weak head, which learned that gap, got "
+                f"{weak_guidance}"
+            )
+
     def check_latents(self, channels: int) -> None:
         """Raise ValueError unless the head was made for latents with so many channels."""
         if self.config.latent_channels != channels:

@@ -19,7 +19,11 @@ class ConvHead(WeakHead):
 
     @register_to_config
     def __init__(
-        self, family: str, latent_channels: int, widths: tuple[int, ...] = (64, 128, 128)
+        self,
+        family: str,
+        latent_channels: int,
+        widths: tuple[int, ...] = (64, 128, 128),
+        weak_guidance: float | None = None,
     ) -> None:
         """Build the head.
 
@@ -27,6 +31,8 @@ class ConvHead(WeakHead):
             family: family of the denoiser.
             latent_channels: C.
             widths: channels at each resolution, each half of the one before; multiples of 32.
+            weak_guidance: FLUX: the embedded guidance that stands for uncond in the gap it learns;
+                None is the negative prompt.
         """
         super().__init__()
         self.network = UNet2DModel(

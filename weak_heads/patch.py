@@ -35,6 +35,7 @@ class PatchHead(TokenHead):
         width: int = 256,
         num_layers: int = 4,
         num_heads: int = 4,
+        weak_guidance: float | None = None,
     ) -> None:
         """Build the head.
 
@@ -46,6 +47,8 @@ class PatchHead(TokenHead):
             width: width of the head, a multiple of 4 and of ``num_heads``.
             num_layers: transformer blocks.
             num_heads: attention heads.
+            weak_guidance: FLUX: the embedded guidance that stands for uncond in the gap it learns;
+                None is the negative prompt.
         """
         super().__init__()
         if width % 4 or width % num_heads:

@@ -38,6 +38,7 @@ class TapHead(TokenHead):
         width: int = 128,
         num_layers: int = 2,
         num_heads: int = 4,
+        weak_guidance: float | None = None,
     ) -> None:
         """Build the head.
 
@@ -50,6 +51,8 @@ class TapHead(TokenHead):
             width: width of the head, a multiple of ``num_heads``.
             num_layers: transformer blocks.
             num_heads: attention heads.
+            weak_guidance: FLUX: the embedded guidance that stands for uncond in the gap it learns;
+                None is the negative prompt.
         """
         super().__init__()
         self.feature_norm = nn.LayerNorm(feature_dim)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -48,6 +49,11 @@ class CollectOptions:
     )
     steps: int = option(28, help="Sampling steps.", min=1)
     max_sequence_length: int | None = option(None, help=LENGTH_HELP, min=1, max=512)
+    weak_guidance: float | None = option(
+        None,
+        help="FLUX: the gap between the embedded guidance 3.5 and this one, in place of that "
+        "between the prompt and the negative prompt.",
+    )
     head: str | None = option(None, help="Head that drives an on-policy round: its folder.")
     device: str = option("auto", help=DEVICE_HELP)
     dtype: Dtype = option("auto", help=DTYPE_HELP)
@@ -84,8 +90,11 @@ def _prepare_own(options: CollectOptions) -> Prepare:
         pipe = load_model(model, device, options.dtype)
         tokens = model.check_tokens(options.max_sequence_length)
         policy = None if head is None else load_weak_head(head, pipe)
-        about = {"model": options.model, "head": options.head, "max_sequence_length": tokens}
-        setup = sampling_setup(pipe, options.steps, tokens)
+        about: dict[str, Any] = {"model": options.model, "head": options.head}
+        about["max_sequence_length"] = tokens
+        if (weak := options.weak_guidance) is not None:
+            about["weak_guidance"] = weak
+        setup = sampling_setup(pipe, options.steps, tokens, weak)
         return partial(collect, policy=policy, about=about, **setup)
 
     return prepare
@@ -95,6 +104,8 @@ def _prepare_stock(options: CollectOptions) -> Prepare:
     """Check the call of a stock pipeline; return what loads it."""
     if options.max_sequence_length is not None:
         raise ConfigError("max_sequence_length must be in --call with --pipeline, if anywhere")
+    if options.weak_guidance is not None:
+        raise ConfigError("weak_guidance must be left out with --pipeline, got both")
     call = read_call(options.pipeline, options.call)
     stock = StockModel(options.model, str(options.pipeline), call, options.steps)
     arguments = stock.arguments()

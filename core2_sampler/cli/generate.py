@@ -131,6 +131,11 @@ def check(config: GenerateConfig) -> Job:
     check_rule(config, model)
     height, width = model.check_size(config.height, config.width)
     head = find_head(config.head, model)
+    if head is not None and head.weak_guidance is not None:
+        raise ConfigError(
+            f"head must be of the gap to the negative prompt, got {head.name}, of that between "
+            "embedded guidances: use it from Python, with weak_guidance="
+        )
     scale = find_scale(config, model, head)
     with user_input():
         device = pick_device(config.device)

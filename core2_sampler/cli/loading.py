@@ -67,16 +67,19 @@ def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
     return head
 
 
-def sampling_setup(pipe: Any, steps: int, max_sequence_length: int | None) -> dict[str, Any]:
+def sampling_setup(
+    pipe: Any, steps: int, max_sequence_length: int | None, weak_guidance: float | None = None
+) -> dict[str, Any]:
     """Return what Collect needs of a loaded pipeline, under the names of its arguments.
 
     Args:
         pipe: one of our pipelines.
         steps: number of sampling steps.
         max_sequence_length: T5 tokens of a prompt, where the family has T5.
+        weak_guidance: FLUX: the embedded guidance that stands for uncond.
 
     Raises:
-        ConfigError: if the model's scheduler has no Euler form.
+        ConfigError: if the model's scheduler has no Euler form, or it embeds no guidance.
     """
     from core2_sampler.samplers import sample_euler
 
@@ -89,10 +92,17 @@ def sampling_setup(pipe: Any, steps: int, max_sequence_length: int | None) -> di
             f"EulerDiscreteScheduler or DDIM, got {type(pipe.scheduler).__name__}: change it in "
             "the model's scheduler/scheduler_config.json"
         )
-    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    denoiser = family.denoiser(pipe)
+    if weak_guidance is not None and not denoiser.module.config.get("guidance_embeds"):
+        raise ConfigError(
+            f"weak_guidance is for models that embed a guidance, got a {type(pipe).__name__} that "
+            "does not: leave it out"
+        )
+    given = {"max_sequence_length": max_sequence_length, "weak_guidance": weak_guidance}
+    asked = {name: value for name, value in given.items() if value is not None}
     return {
-        "denoiser": family.denoiser(pipe),
-        "encode": partial(family.encode, pipe, **length),
+        "denoiser": denoiser,
+        "encode": partial(family.encode, pipe, **asked),
         "sigmas": schedule.sigmas,
         "noise_scale": schedule.noise_scale,
         "latent_shape": shape,

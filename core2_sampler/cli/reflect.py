@@ -81,7 +81,7 @@ def run_reflect(options: ReflectOptions) -> None:
     if options.rounds and options.online:
         raise ConfigError(f"rounds are for --data, which they add to, got {options.rounds} online")
     scales, collected_from = _collected(options)
-    head_options = adapter_options(options, scales)
+    head_options = adapter_options(options, scales) | _learned_gap(options)
     if isinstance(collected_from, StockModel) and options.rounds:
         raise ConfigError(
             f"rounds are for models of ours, got a {collected_from.pipeline}: run `core2 collect "
@@ -118,6 +118,17 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
             f"{options.data}"
         )
     return scales, stock[0] if stock else models[0]
+
+
+def _learned_gap(options: ReflectOptions) -> dict[str, float]:
+    """Return ``weak_guidance`` of the data, if it was collected with one."""
+    if options.data is None:
+        return {}
+    rounds = sorted(options.data.glob("rounds/*.json"))
+    told = [json.loads(file.read_text(encoding="utf-8")).get("weak_guidance") for file in rounds]
+    if len(set(told)) > 1:
+        raise ConfigError(f"the rounds of the data must be of one gap, got weak_guidance {told}")
+    return {} if told[0] is None else {"weak_guidance": told[0]}
 
 
 def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, Any]:
@@ -159,11 +170,12 @@ def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
         from core2_sampler.trajectory import TrajectoryStore
 
         pipe = load_model(model, device, "fp32")
-        tokens, steps = options.max_sequence_length, options.sampling_steps
+        tokens, steps, weak = options.max_sequence_length, options.sampling_steps, None
         if options.data is not None:  # a further round is collected as the first
             first = TrajectoryStore(options.data).settings(0)
             tokens, steps = first["max_sequence_length"], len(first["sigmas"]) - 1
-        return sampling_setup(pipe, steps, model.check_tokens(tokens))
+            weak = first.get("weak_guidance")
+        return sampling_setup(pipe, steps, model.check_tokens(tokens), weak)
 
     return prepare
 
@@ -248,10 +260,8 @@ def _collect_round(
         for key, record in store.records().items()
         if key.round == 0
     ]
-    tokens = {"max_sequence_length": first["max_sequence_length"]}
-    added = collect(
-        jobs=jobs, store=store, config=config, policy=head, about=about | tokens, **setup
-    )
+    same = {key: first[key] for key in ("max_sequence_length", "weak_guidance") if key in first}
+    added = collect(jobs=jobs, store=store, config=config, policy=head, about=about | same, **setup)
     print(f"round {round}: added {added} trajectories to {options.data}")
 
 

@@ -25,6 +25,17 @@ def normalised(scores: Tensor) -> Tensor:
     return torch.where(spread > least, centred / spread.maximum(least), torch.zeros_like(centred))
 
 
+def mixed(scores: Tensor, weights: Tensor, *, raw: bool = False) -> Tensor:
+    """Return the weighted sum of what evaluators say, [K, B].
+
+    Args:
+        scores: [E, K, B].
+        weights: of each evaluator, [E, 1], or of each for each sample, [E, B].
+        raw: take the scores as they are, and not normalised.
+    """
+    return (weights[:, None] * (scores if raw else normalised(scores))).sum(0)
+
+
 def adaptive_weights(now: Tensor, before: Tensor | None, *, upstream: bool = False) -> Tensor:
     """Return the weight of each evaluator for each sample: its relative gain since the last step.
 

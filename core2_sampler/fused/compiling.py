@@ -1,4 +1,7 @@
-"""torch.compile for a denoiser's network, in place: the module and its class stay what they are."""
+"""torch.compile and attention backends for a denoiser's network, in place.
+
+The module and its class stay what they are.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,24 @@ def compile_network(module: nn.Module, how: How, **options: Any) -> None:
     if name in _BLOCKS and not network._repeated_blocks:
         network._repeated_blocks = _BLOCKS[name]  # of this instance
     network.compile_repeated_blocks(**options)
+
+
+def set_attention(module: nn.Module, backend: str) -> None:
+    """Switch a diffusers network to an attention backend, by diffusers' own switch.
+
+    Args:
+        module: the network.
+        backend: one of ``diffusers.models.attention_dispatch.AttentionBackendName``.
+
+    Raises:
+        ValueError: unknown backend, or a network whose attention does not ask which one is set:
+            the switch would do nothing.
+    """
+    processors = [getattr(part, "processor", None) for part in module.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            "attention must be None for a network whose attention calls torch itself, got "
+            f"{backend!r} for {type(module).__name__}: choose torch's kernel around the call, with "
+            "torch.nn.attention.sdpa_kernel(...)"
+        )
+    cast(Any, module).set_attention_backend(backend)

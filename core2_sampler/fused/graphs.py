@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from core2_sampler.fused.hot import STEPS, Hot
+from core2_sampler.fused.hot import Hot, step_of
+from core2_sampler.fused.moves import Move, moves_of
 from core2_sampler.fused.run import run_eagerly
-from core2_sampler.steps import Plan, Step
+from core2_sampler.steps import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -128,19 +129,20 @@ class Graphs:
         return self._shapes[key]
 
     @contextmanager
-    def launcher(self, shape: Shape, plan: Plan) -> Iterator[Callable[[Hot, Step], None]]:
+    def launcher(self, shape: Shape, plan: Plan) -> Iterator[Callable[[Hot, Move], None]]:
         """Give the ``launch`` of a run; hooks are on the denoiser only while a graph is missing."""
-        keys = {_graph_key(shape.hot, step) for step in plan.steps}
+        picks = shape.hot.online is not None
+        keys = {_graph_key(shape.hot, move) for move in moves_of(plan, picks)}
         hooks: AbstractContextManager[None] = (
             nullcontext() if keys <= shape.replays.keys() else shape.hot.hooked()
         )
 
-        def launch(hot: Hot, step: Step) -> None:
-            key = _graph_key(hot, step)
+        def launch(hot: Hot, move: Move) -> None:
+            key = _graph_key(hot, move)
             if key not in shape.replays and key not in shape.eager:
-                self._record(shape, key, step)
+                self._record(shape, key, move)
             if key in shape.eager:
-                run_eagerly(hot, step)
+                run_eagerly(hot, move)
             else:
                 shape.replays[key]()
                 self.replays += 1
@@ -148,15 +150,16 @@ class Graphs:
         with hooks:
             yield launch
 
-    def _record(self, shape: Shape, key: Hashable, step: Step) -> None:
+    def _record(self, shape: Shape, key: Hashable, move: Move) -> None:
         """Capture a step and leave the run as it was; one log line if it cannot be captured."""
-        restore = shape.hot.state.save()
+        restore, step = shape.hot.keep(), step_of(move)
         try:
-            replay = self._capture(lambda: STEPS[step.kind](shape.hot), restore)
+            replay = self._capture(lambda: step(shape.hot), restore)
             shape.replays[key] = replay
         except RuntimeError as error:
             shape.eager.add(key)
-            self.explain(f"a {step.kind} step cannot be captured ({str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0]
+            self.explain(f"a {move.step.kind} step cannot be captured ({reason})")
         finally:
             restore()
 
@@ -167,6 +170,7 @@ class Graphs:
             logger.warning("CUDA graphs are not used: %s", reason)
 
 
-def _graph_key(hot: Hot, step: Step) -> Hashable:
+def _graph_key(hot: Hot, move: Move) -> Hashable:
+    step = move.step
     inside = hot.head is not None and hot.head.in_model and step.kind in ("fast", "slow")
-    return step.kind, step.guidance_scale if inside else None
+    return step.kind, move.picks, step.guidance_scale if inside else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 
 from core2_sampler.fused import reference
-from core2_sampler.fused.state import State
+from core2_sampler.fused.modulation import Modulation
+from core2_sampler.fused.moves import Move
+from core2_sampler.fused.online import Online
+from core2_sampler.fused.state import EXTRA, W2S, State, keep
 from core2_sampler.guidance import join
 from core2_sampler.precision import wide
 from core2_sampler.steps import Kind
@@ -33,10 +36,12 @@ class Prompts:
 
     Attributes:
         both: uncond then cond, 2B rows; where there is no uncond, cond twice.
+        uncond: a view of the first half.
         cond: a view of the second half.
     """
 
     both: Conditioning
+    uncond: Conditioning
     cond: Conditioning
 
     @classmethod
@@ -44,11 +49,14 @@ class Prompts:
         """Return buffers that hold a prompt and, where there is one, its negative."""
         both = join(uncond or cond, cond)
 
-        def half(x: Tensor) -> Tensor:
-            return x[len(x) // 2 :]
+        def half(index: int) -> Conditioning:
+            def rows(x: Tensor) -> Tensor:
+                return x.chunk(2)[index]
 
-        extra = tree.tree_map_only(Tensor, half, dict(both.extra))
-        return cls(both, Conditioning(half(both.prompt_embeds), half(both.pooled), extra))
+            extra = tree.tree_map_only(Tensor, rows, dict(both.extra))
+            return Conditioning(rows(both.prompt_embeds), rows(both.pooled), extra)
+
+        return cls(both, half(0), half(1))
 
     def load(self, cond: Conditioning, uncond: Conditioning | None) -> None:
         """Put in another prompt of the same `signature`."""
@@ -69,6 +77,8 @@ class Hot:
         prompts: the run's prompt.
         update: the fused operation.
         observes: whether the head wants to see the gaps of pairs.
+        online: the scale rule's buffers; None without one.
+        modulation: the network's AdaLN tables; None without them.
         scale: guidance scale of the next step, for an in-model head alone: all others take theirs
             from the table.
     """
@@ -79,36 +89,63 @@ class Hot:
     prompts: Prompts
     update: Update
     observes: bool = True
+    online: Online | None = None
+    modulation: Modulation | None = None
     scale: float = 1.0
     _features: Callable[[], Tensor] | None = field(default=None, init=False)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Keep the hooks on the denoiser that the head needs."""
+        """Keep on the denoiser what the steps need there: the head's hooks, and the tables."""
         head = self.head
-        if head is None:
+        with ExitStack() as stack:
+            if head is not None and head.in_model:
+                stack.enter_context(cast(InModelHead, head).attached(self.denoiser.module))
+            elif head is not None and cast(OutputHead, head).needs_features:
+                self._features = stack.enter_context(self.denoiser.capture_features())
+                stack.callback(setattr, self, "_features", None)
+            if self.modulation is not None:
+                stack.enter_context(self.modulation.on())
             yield
-        elif head.in_model:
-            with cast(InModelHead, head).attached(self.denoiser.module):
-                yield
-        elif not cast(OutputHead, head).needs_features:
-            yield
-        else:
-            with self.denoiser.capture_features() as self._features:
-                try:
-                    yield
-                finally:
-                    self._features = None
+
+    def begin(self, x: Tensor, table: Tensor) -> None:
+        """Start a run: outside every captured graph, as the host writes here.
+
+        Args:
+            x: latents at the first noise level, [B, C, H, W].
+            table: of `core2_sampler.fused.state.step_table`.
+        """
+        self.state.begin(x, table)
+        if self.online is not None:
+            self.online.begin()
+        if self.modulation is not None:
+            pairs = len(self.state.seen) > len(x)
+            prompts = self.prompts.both if pairs else self.prompts.cond
+            self.modulation.fill(self.state, prompts, len(table) - 1)
+
+    def keep(self) -> Callable[[], None]:
+        """Return a function that puts back all that steps change."""
+        online = () if self.online is None else self.online.changing
+        return keep((*self.state.changing, *online))
 
     def one(self) -> Tensor:
         """Return cond, [B, C, H, W]."""
-        batch = len(self.state.x)
-        return self.denoiser(self.state.seen[:batch], self.state.sigma(batch), self.prompts.cond)
+        return self._pass(self.prompts.cond, len(self.state.seen) - len(self.state.x))
+
+    def other(self) -> Tensor:
+        """Return uncond, [B, C, H, W]."""
+        return self._pass(self.prompts.uncond, 0)
 
     def pair(self) -> Tensor:
         """Return [uncond; cond] of one batched pass, [2B, C, H, W]."""
-        rows = len(self.state.seen)
-        return self.denoiser(self.state.seen, self.state.sigma(rows), self.prompts.both)
+        return self._pass(self.prompts.both, 0)
+
+    def _pass(self, prompt: Conditioning, first: int) -> Tensor:
+        """Return d for the rows of a prompt, the first of which is a pair's row ``first``."""
+        rows = len(prompt.pooled)
+        if self.modulation is not None:
+            self.modulation.look_up(self.state, first)
+        return self.denoiser(self.state.seen[:rows], self.state.sigma(rows), prompt)
 
     def observe(self, pair: Tensor) -> None:
         """Show an output head the gap of a pair, once the step has asked it."""
@@ -133,10 +170,20 @@ class Hot:
         with cast(InModelHead, self.head).active(self.scale):
             return self.one()
 
+    def guide_online(self, cond: Tensor, gap: Tensor) -> None:
+        """Let the rule pick a scale for each sample, and make the step at it."""
+        cast(Online, self.online).pick(self.state, self.prompts.cond, cond, gap)
+        self.update(self.state, cond, gap)
+
 
 def cond_step(hot: Hot) -> None:
     """One pass, no guidance."""
     hot.update(hot.state, hot.one())
+
+
+def uncond_step(hot: Hot) -> None:
+    """One pass with the negative prompt, as steps are undone by."""
+    hot.update(hot.state, hot.other())
 
 
 def cfg_step(hot: Hot) -> None:
@@ -163,13 +210,58 @@ def slow_step(hot: Hot) -> None:
     hot.update(hot.state, pair, guess, guess_is_gap=guess_is_gap)
 
 
-STEPS: dict[Kind, Callable[[Hot], None]] = {
+def online_cfg_step(hot: Hot) -> None:
+    """As `cfg_step`, each sample at the scale that the rule picks for it."""
+    pair = hot.pair()
+    uncond, cond = pair.chunk(2)
+    hot.observe(pair)
+    hot.guide_online(cond, wide(cond) - wide(uncond))
+
+
+def online_fast_step(hot: Hot) -> None:
+    """As `fast_step` with an output head, each sample at the scale that the rule picks for it."""
+    cond = hot.one()
+    hot.guide_online(cond, hot.gap(cond))
+
+
+def online_slow_step(hot: Hot) -> None:
+    """As `slow_step`, each sample at the scale that the rule picks for it.
+
+    Guidance is linear in the scale, so what it multiplies is the head's gap and the true one mixed.
+    """
+    pair = hot.pair()
+    uncond, cond = pair.chunk(2)
+    if cast(Any, hot.head).in_model:
+        guess = (wide(hot.in_model()) - wide(cond)) / hot.state.column(EXTRA)
+    else:
+        guess = wide(hot.gap(cond))
+    hot.observe(pair)
+    gap = torch.lerp(guess, wide(cond) - wide(uncond), hot.state.column(W2S))
+    hot.guide_online(cond, gap)
+
+
+HotStep = Callable[[Hot], None]
+
+STEPS: dict[Kind, HotStep] = {
     "cond": cond_step,
+    "uncond": uncond_step,
     "cfg": cfg_step,
     "fast": fast_step,
     "slow": slow_step,
 }
-"""The hot step of each kind; a plan with other kinds runs through `core2_sampler.guidance`."""
+"""The hot step of each kind."""
+
+ONLINE: dict[Kind, HotStep] = {
+    "cfg": online_cfg_step,
+    "fast": online_fast_step,
+    "slow": online_slow_step,
+}
+"""The hot step of each kind that can ask a scale rule."""
+
+
+def step_of(move: Move) -> HotStep:
+    """Return the hot step that makes a move."""
+    return (ONLINE if move.picks else STEPS)[move.step.kind]
 
 
 def update_for(device: torch.device) -> Update:

@@ -18,8 +18,38 @@ NO_GUESS, GAP, GUIDED = range(3)
 _WARPS = 4
 
 
+# Triton reads annotations as its own types, so kernels have none.
+
+
 @triton.jit
-def _guided_step(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own types
+def _load(ptr, row, c, h, w, stride_b, stride_c, stride_h, stride_w, mask):  # type: ignore[no-untyped-def]
+    """Return one sample's part of a tensor of any strides and dtype, in float32."""
+    at = ptr + row * stride_b + c * stride_c + h * stride_h + w * stride_w
+    return tl.load(at, mask).to(tl.float32)
+
+
+@triton.jit
+def _guide(cond, uncond, guess, extra, w2s, PAIR: tl.constexpr, GUESS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the guided derivative; what a kind of step has not is not read."""
+    guided = cond
+    if GUESS == 1:
+        guided = cond + extra * guess
+    elif GUESS == 2:
+        guided = guess
+    if PAIR:
+        strong = cond + extra * (cond - uncond)
+        if GUESS == 0:
+            guided = strong
+        else:
+            # As torch.lerp: exact at 0 and at 1.
+            low = guided + w2s * (strong - guided)
+            high = strong - (1 - w2s) * (strong - guided)
+            guided = tl.where(tl.abs(w2s) < 0.5, low, high)
+    return guided
+
+
+@triton.jit
+def _guided_step(  # type: ignore[no-untyped-def]
     x_ptr,
     seen_ptr,
     before_ptr,
@@ -67,29 +97,15 @@ def _guided_step(  # type: ignore[no-untyped-def]  # Triton reads annotations as
     h = (inside // width) % height
     w = inside % width
 
-    d_at = d_ptr + c * d_c + h * d_h + w * d_w
-    cond_row = sample
+    cond_row = sample + batch if PAIR else sample
+    cond = _load(d_ptr, cond_row, c, h, w, d_b, d_c, d_h, d_w, mask)
+    uncond, guess, w2s = cond, cond, 1.0
     if PAIR:
-        cond_row = sample + batch
-    cond = tl.load(d_at + cond_row * d_b, mask).to(tl.float32)
-    extra = tl.load(now + EXTRA * batch)
-    guided = cond
+        uncond = _load(d_ptr, sample, c, h, w, d_b, d_c, d_h, d_w, mask)
     if GUESS != 0:
-        guess_at = guess_ptr + sample * guess_b + c * guess_c + h * guess_h + w * guess_w
-        guided = tl.load(guess_at, mask).to(tl.float32)
-        if GUESS == 1:
-            guided = cond + extra * guided
-    if PAIR:
-        uncond = tl.load(d_at + sample * d_b, mask).to(tl.float32)
-        strong = cond + extra * (cond - uncond)
-        if GUESS != 0:
-            w2s = tl.load(now + W2S * batch)
-            # As torch.lerp: exact at 0 and at 1.
-            low = guided + w2s * (strong - guided)
-            high = strong - (1 - w2s) * (strong - guided)
-            guided = tl.where(tl.abs(w2s) < 0.5, low, high)
-        else:
-            guided = strong
+        guess = _load(guess_ptr, sample, c, h, w, guess_b, guess_c, guess_h, guess_w, mask)
+        w2s = tl.load(now + W2S * batch)
+    guided = _guide(cond, uncond, guess, tl.load(now + EXTRA * batch), w2s, PAIR, GUESS)
 
     x = tl.load(x_ptr + at, mask)
     pull = tl.load(now + PULL * batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from core2_sampler.fused.hot import signature
 from core2_sampler.fused.state import Solver, capacity, is_multistep
+from core2_sampler.scales import OnlineScale
 from core2_sampler.types import Conditioning, Denoiser
 
 _SWITCHES = (
@@ -27,7 +28,13 @@ _SWITCHES = (
 """Numbers and names on a network's parts that are set from outside, between calls."""
 
 
-def obstacle(denoiser: Denoiser, head: Any, device: torch.device, static_head: bool) -> str | None:
+def obstacle(
+    denoiser: Denoiser,
+    head: Any,
+    device: torch.device,
+    static_head: bool,
+    rule: OnlineScale | None = None,
+) -> str | None:
     """Return why a run must not be captured; None if nothing is known against it.
 
     Args:
@@ -35,7 +42,11 @@ def obstacle(denoiser: Denoiser, head: Any, device: torch.device, static_head: b
         head: the weak head, or None.
         device: of the run.
         static_head: whether the head keeps no state between steps, or keeps it in the same tensors.
+        rule: the scale rule, or None.
     """
+    for evaluator in () if rule is None else rule.evaluators.values():
+        if not isinstance(evaluator, nn.Module):
+            return f"the evaluator {type(evaluator).__name__} is no module, so it may change unseen"
     if head is not None and not static_head:
         return f"{type(head).__name__} keeps what it has seen in new tensors"
     if torch.is_autocast_enabled(device.type):
@@ -62,6 +73,7 @@ def shape_key(
     uncond: Conditioning | None,
     solver: Solver,
     input_dtype: torch.dtype,
+    rule: OnlineScale | None = None,
 ) -> Hashable:
     """Return what two runs must share to replay the same graphs.
 
@@ -70,11 +82,12 @@ def shape_key(
             holds, such as the timesteps of SDXL's clock.
         head: the weak head, or None.
         x: latents.
-        num_steps: of the run.
+        num_steps: hot steps of the run.
         cond: the prompt.
         uncond: the negative prompt, or None.
         solver: of the run.
         input_dtype: see `core2_sampler.fused.run.make_hot`.
+        rule: the scale rule, or None.
     """
     return (
         _network(denoiser.module),
@@ -85,8 +98,14 @@ def shape_key(
         signature(cond, uncond),
         is_multistep(solver),
         input_dtype,
+        None if rule is None else _picker(rule),
         _kernels(),
     )
+
+
+def _picker(rule: OnlineScale) -> Hashable:
+    evaluators = tuple(_network(cast(nn.Module, each)) for each in rule.evaluators.values())
+    return evaluators, tuple(rule.candidates), repr(rule.weights), rule.upstream
 
 
 def _network(module: nn.Module) -> int:

@@ -30,7 +30,7 @@ def guided_step(
         guess_is_gap: which of the two; False is an in-model head.
     """
     batch = len(state.x)
-    column = [state.row[0, k].view(-1, 1, 1, 1) for k in range(COLUMNS)]  # [B, 1, 1, 1] each
+    column = [state.column(k) for k in range(COLUMNS)]
     cond = d[len(d) - batch :]
     strong, weak = state.work
     guided = cond

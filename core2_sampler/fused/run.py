@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from core2_sampler.fused.hot import STEPS, Hot, Prompts, update_for
+from core2_sampler.fused.hot import Hot, Prompts, step_of, update_for
+from core2_sampler.fused.modulation import Modulation
+from core2_sampler.fused.moves import Move, moves_of
+from core2_sampler.fused.online import Online
 from core2_sampler.fused.state import Solver, State, has_form, is_multistep, step_table
 from core2_sampler.samplers import sample_euler
-from core2_sampler.steps import Plan, Step
+from core2_sampler.scales import OnlineScale
+from core2_sampler.steps import Plan
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead
 
-Launch = Callable[[Hot, Step], None]
-"""``launch(hot, step)``: run the hot step of ``step.kind``, whichever way."""
+Launch = Callable[[Hot, Move], None]
+"""``launch(hot, move)``: run the hot step of a move, whichever way."""
 
 
 def can_run(plan: Plan, solver: Solver | None) -> bool:
-    """Say whether every step of a run is one of `STEPS` and its update has a table."""
-    return has_form(solver) and not plan.zigs and plan.kinds <= STEPS.keys()
+    """Say whether a run's updates have a table; zigzag steps do where they are exactly undone."""
+    undone = plan.zigs and (plan.upstream is not None or is_multistep(solver))
+    return has_form(solver) and not undone
 
 
 def make_hot(
@@ -34,6 +40,8 @@ def make_hot(
     solver: Solver = sample_euler,
     input_dtype: torch.dtype = torch.float32,
     observes: bool = True,
+    rule: OnlineScale | None = None,
+    tables: bool = False,
 ) -> Hot:
     """Allocate the buffers of a shape.
 
@@ -41,13 +49,15 @@ def make_hot(
         denoiser: the network.
         head: the weak head, if any step asks for it.
         x: latents of the shape and device wanted, [B, C, H, W].
-        num_steps: of the longest run.
+        num_steps: hot steps of the longest run; a zigzag step is three.
         cond: the prompt, B rows.
         uncond: the negative prompt, B rows; None if no step asks for it.
         solver: of the runs.
         input_dtype: that the denoiser casts x to before all else, if it does; so that the cast is
             the fused operation's.
         observes: whether the head wants to see the gaps of pairs.
+        rule: picks the guidance scale of each sample, in the steps that ask.
+        tables: whether to look the network's modulation up, see `core2_sampler.fused.modulation`.
     """
     state = State.allocate(
         x,
@@ -56,12 +66,26 @@ def make_hot(
         multistep=is_multistep(solver),
         input_dtype=input_dtype,
     )
-    return Hot(denoiser, head, state, Prompts.of(cond, uncond), update_for(x.device), observes)
+    modulation = None
+    if tables:
+        inside = head is not None and head.in_model
+        with cast(InModelHead, head).attached(denoiser.module) if inside else nullcontext():
+            modulation = Modulation.allocate(denoiser, state)
+    return Hot(
+        denoiser,
+        head,
+        state,
+        Prompts.of(cond, uncond),
+        update_for(x.device),
+        observes,
+        online=None if rule is None else Online.allocate(rule, state),
+        modulation=modulation,
+    )
 
 
-def run_eagerly(hot: Hot, step: Step) -> None:
+def run_eagerly(hot: Hot, move: Move) -> None:
     """Run a hot step as it is."""
-    STEPS[step.kind](hot)
+    step_of(move)(hot)
 
 
 @torch.no_grad()
@@ -74,6 +98,7 @@ def sample_fused(
     solver: Solver = sample_euler,
     scales: Tensor | None = None,
     launch: Launch = run_eagerly,
+    on_level: Callable[[int], None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Solve as ``solver(make_predict(...), x, sigmas)`` would, with the latents in float32.
@@ -88,7 +113,8 @@ def sample_fused(
         solver: see `can_run`.
         scales: guidance scale of each step and sample, [N, B], in place of the plan's.
         launch: how steps are run.
-        on_step: called with the latents after each step; they are the buffer itself.
+        on_level: called before each prediction with the number of its noise level.
+        on_step: called with the latents after each step of the plan; they are the buffer itself.
 
     Returns:
         Latents at ``sigmas[N]``, in the dtype of `x`.
@@ -101,13 +127,29 @@ def sample_fused(
         cast(OutputHead, hot.head).reset()
     table = step_table(plan, sigmas, solver, len(x), scales)
     with torch.cuda.device_of(x):
-        hot.state.begin(x, table)
-        for i, step in enumerate(plan.steps):
-            hot.scale = step.guidance_scale
-            launch(hot, step)
-            if on_step is not None:
-                on_step(i, hot.state.x)
+        hot.begin(x, table)
+        try:
+            _run(hot, plan, launch, on_level, on_step)
+        finally:
+            if hot.online is not None:
+                hot.online.record(len(plan), plan.asking)
     return hot.state.x.to(x.dtype, copy=True)
+
+
+def _run(
+    hot: Hot,
+    plan: Plan,
+    launch: Launch,
+    on_level: Callable[[int], None] | None,
+    on_step: Callable[[int, Tensor], None] | None,
+) -> None:
+    for move in moves_of(plan, picks=hot.online is not None):
+        hot.scale = move.step.guidance_scale
+        if on_level is not None:
+            on_level(move.start)
+        launch(hot, move)
+        if on_step is not None and move.last:
+            on_step(move.at, hot.state.x)
 
 
 def _check(hot: Hot, x: Tensor, plan: Plan, solver: Solver, scales: Tensor | None) -> None:
@@ -117,14 +159,15 @@ def _check(hot: Hot, x: Tensor, plan: Plan, solver: Solver, scales: Tensor | Non
             "call make_hot again"
         )
     if not can_run(plan, solver):
-        kinds = ", ".join(sorted(plan.kinds)) + (", some undone" if plan.zigs else "")
+        undone = f" and steps undone (upstream {plan.upstream})" if plan.zigs else ""
         raise ValueError(
-            f"a fused run must have steps of {', '.join(STEPS)} and a solver with a table, got "
-            f"{kinds} with {solver!r}: use make_predict and the solver itself"
+            "a fused run must have a solver with a table, and sample_euler to undo steps exactly, "
+            f"got {solver!r}{undone}: use make_predict and the solver itself"
         )
-    if len(plan) >= len(hot.state.table) or is_multistep(solver) != hot.state.multistep:
+    needed = len(moves_of(plan))
+    if needed >= len(hot.state.table) or is_multistep(solver) != hot.state.multistep:
         raise ValueError(
-            f"the buffers must be made for {len(plan)} steps of this solver, got ones for "
+            f"the buffers must be made for {needed} hot steps of this solver, got ones for "
             f"{len(hot.state.table) - 1}: call make_hot again"
         )
     if plan.needs_uncond and len(hot.state.seen) == len(hot.state.x):
@@ -133,3 +176,5 @@ def _check(hot: Hot, x: Tensor, plan: Plan, solver: Solver, scales: Tensor | Non
         raise ValueError("the plan has fast or slow steps and must get a weak head of its kind")
     if scales is not None and plan.in_model and plan.needs_head:
         raise ValueError("scales must be None for an in-model head, which knows one for all rows")
+    if plan.zigs and (scales is not None or hot.online is not None):
+        raise ValueError("zigzag steps must have the plan's scales, got scales or a rule for them")

@@ -7,7 +7,7 @@ next: another plan, scale or noise schedule is another table, and no step waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core2_sampler.fused.moves import Move, moves_of
 from core2_sampler.samplers import sample_dpmpp_2m, sample_euler
 from core2_sampler.steps import Plan
 
@@ -73,7 +74,7 @@ class State:
 
         Args:
             like: latents, [B, C, H, W].
-            num_steps: the longest run, see `capacity`.
+            num_steps: hot steps of the longest run, see `capacity`.
             pairs: whether steps run cond and uncond as one batch of 2B.
             multistep: see `State`.
             input_dtype: of what the denoiser is given.
@@ -123,16 +124,31 @@ class State:
         """Return the next step's noise level, [rows]; a view, the same for all samples."""
         return self.row[0, SIGMA, :1].expand(rows)
 
-    def save(self) -> Callable[[], None]:
-        """Return a function that puts back all that steps change."""
-        changed = (self.x, self.seen, self.before, self.row, self.step)
-        kept = [tensor.clone() for tensor in changed]
+    def column(self, k: int) -> Tensor:
+        """Return a coefficient of the next step, [B, 1, 1, 1]; a view."""
+        return self.row[0, k].view(-1, 1, 1, 1)
 
-        def restore() -> None:
-            for tensor, old in zip(changed, kept, strict=True):
-                tensor.copy_(old)
+    def guide(self, scale: Tensor) -> None:
+        """Put a guidance scale for each sample [B] in place of the next step's."""
+        extra = scale - 1
+        self.row[0, EXTRA].copy_(extra)
+        self.table[:, EXTRA].index_copy_(0, self.step[:1], extra[None])
 
-        return restore
+    @property
+    def changing(self) -> tuple[Tensor, ...]:
+        """All that steps change, but for the scales in the table, which they make anew."""
+        return self.x, self.seen, self.before, self.row, self.step
+
+
+def keep(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Return a function that puts tensors back to what they are now."""
+    kept = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, old in kept:
+            tensor.copy_(old)
+
+    return restore
 
 
 def capacity(num_steps: int) -> int:
@@ -145,7 +161,7 @@ def has_form(solver: Solver | None) -> bool:
     return _function(solver) in (sample_euler, sample_dpmpp_2m)
 
 
-def is_multistep(solver: Solver) -> bool:
+def is_multistep(solver: Solver | None) -> bool:
     """Say whether a solver reads the step before."""
     return _function(solver) is sample_dpmpp_2m
 
@@ -157,10 +173,10 @@ def step_table(
     batch_size: int,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Return the coefficients of a run, [N + 1, COLUMNS, B], float32; the last row only ends it.
+    """Return the coefficients of a run, [M + 1, COLUMNS, B], float32; the last row only ends it.
 
     Args:
-        plan: one entry a step, [N].
+        plan: one entry a step, [N]; its M hot steps are those of `moves_of`.
         sigmas: noise levels in the order of the steps, [N + 1].
         solver: `sample_euler`, or `sample_dpmpp_2m` with its path bound.
         batch_size: B.
@@ -175,27 +191,28 @@ def step_table(
         )
     if len(sigmas) != len(plan) + 1:
         raise ValueError(f"sigmas must be {len(plan) + 1} for this plan, got {len(sigmas)}")
+    moves, levels = moves_of(plan), sigmas.double().cpu()
     if scales is None:
-        scales = torch.tensor([[step.guidance_scale] for step in plan.steps], dtype=torch.float64)
+        given = [[move.step.guidance_scale] for move in moves]
+        scales = torch.tensor(given, dtype=torch.float64)
     elif scales.shape != (len(plan), batch_size):
         raise ValueError(f"scales must be [{len(plan)}, {batch_size}], got {tuple(scales.shape)}")
-    levels = sigmas.double().cpu()
-    table = torch.zeros(len(plan) + 1, COLUMNS, batch_size, dtype=torch.float64)
-    table[:, SIGMA] = levels[:, None]
+    table = torch.zeros(len(moves) + 1, COLUMNS, batch_size, dtype=torch.float64)
+    table[:, SIGMA] = levels[[*(move.start for move in moves), len(plan)]][:, None]
     table[:-1, EXTRA] = scales.double().cpu() - 1
-    table[:-1, W2S] = torch.tensor([[step.w2s_scale] for step in plan.steps], dtype=torch.float64)
-    table[:-1, KEEP:] = _updates(solver, levels)[:, :, None]
+    table[:-1, W2S] = torch.tensor([[move.step.w2s_scale] for move in moves], dtype=torch.float64)
+    table[:-1, KEEP:] = _updates(solver, levels, moves)[:, :, None]
     return table.float()
 
 
-def _updates(solver: Solver, levels: Tensor) -> Tensor:
-    """Return keep, pull and past of each step, [N, 3], float64.
+def _updates(solver: Solver, levels: Tensor, moves: Sequence[Move]) -> Tensor:
+    """Return keep, pull and past of each hot step, [M, 3], float64.
 
     A solver is linear, so its steps on unit vectors are its coefficients: those of two steps are
     read off the solver itself, on x, x0 and the x0 of the step before as three coordinates.
     """
     if not is_multistep(solver):
-        dt = levels.diff()
+        dt = torch.stack([levels[move.end] - levels[move.start] for move in moves])
         return torch.stack([torch.ones_like(dt), dt, torch.zeros_like(dt)], 1)
     x, x0, before = torch.eye(3, dtype=torch.float64)
     rows = []

@@ -183,6 +183,30 @@ def draw_noise_of_size(
     return draw_noise(pipe, generators, (network.config.in_channels, *sides), network.dtype)
 
 
+def check_no_lone_cache(module: nn.Module) -> None:
+    """Refuse a cache between steps on a network that cannot be told which pass is which.
+
+    Caches of diffusers keep a state for each ``cache_context``; SD3.5 and SDXL have none.
+
+    Args:
+        module: the network.
+
+    Raises:
+        ValueError: see above.
+    """
+    if hasattr(module, "cache_context"):
+        return
+    for part in module.modules():
+        hooks = getattr(vars(part).get("_diffusers_hook"), "hooks", {})
+        for name, hook in hooks.items():
+            if hook._is_stateful:
+                raise ValueError(
+                    f"{type(module).__name__} must have no cache between steps, which it could not "
+                    f"tell the passes apart for, got {type(hook).__name__}: take it off with "
+                    f"HookRegistry.remove_hook({name!r}, recurse=True)"
+                )
+
+
 @contextmanager
 def capture_input(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Record what a layer is given.

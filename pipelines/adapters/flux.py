@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,13 +10,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import FirstBlockCacheConfig, FluxPipeline
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, FluxPipeline
+from diffusers.hooks import SeaCacheConfig
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.adapters.base import Schedule, capture_input, draw_noise
 from core2_sampler.pipelines.adapters.flow import flow_schedule, shift_of_size
+from core2_sampler.pipelines.adapters.packing import pack, square_size, unpack
 from core2_sampler.steps import Plan
 from core2_sampler.types import Conditioning
 
@@ -25,40 +26,6 @@ STOCK_GUIDANCE = 3.5
 """The guidance that the stock call embeds unless it is told another."""
 
 _STOCK_MAX_SHIFT = 1.15
-
-
-def pack(x: Tensor) -> Tensor:
-    """Return latents [B, C, H, W] as the network's tokens, [B, H/2 * W/2, 4C].
-
-    Raises:
-        ValueError: a side is odd.
-    """
-    if x.shape[-2] % 2 or x.shape[-1] % 2:
-        raise ValueError(
-            f"FLUX latents must have an even height and width, got {tuple(x.shape[-2:])}: "
-            "crop or pad them"
-        )
-    return FluxPipeline._pack_latents(x, *x.shape)
-
-
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return tokens [B, H/2 * W/2, 4C] as latents [B, C, H, W]; `size` is (H, W)."""
-    return FluxPipeline._unpack_latents(tokens, *size, vae_scale_factor=1)
-
-
-def square_size(tokens: int) -> tuple[int, int]:
-    """Return (H, W) of the square latents that are packed into so many tokens.
-
-    Raises:
-        ValueError: no square has as many.
-    """
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(
-            f"packed latents must be square where no size is given, got {tokens} tokens: "
-            "give height and width"
-        )
-    return 2 * side, 2 * side
 
 
 def with_guidance(
@@ -91,7 +58,8 @@ def check_cache(module: nn.Module, plan: Plan) -> None:
     A CFG pair is one pass of 2B rows here, so a cache that counts passes or keeps one state for
     all of them fails in a plan that has pairs. First-block caching compares before it reuses, and
     keeps apart what `FluxDenoiser` names apart; but it cannot see an in-model head go on and off.
-    Zigzag steps go back and forth between noise levels, which no cache expects.
+    Zigzag steps go back and forth between noise levels, which no cache expects. FasterCache makes
+    up the negative half of a batch that is not here, and SeaCache must be told steps by number.
 
     Args:
         module: the network.
@@ -105,6 +73,12 @@ def check_cache(module: nn.Module, plan: Plan) -> None:
         raise ValueError(
             "the transformer's cache must be off for zigzag steps, got "
             f"{type(config).__name__}: call disable_cache(), or use another mode"
+        )
+    faster = isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled
+    if faster or isinstance(config, SeaCacheConfig):
+        raise ValueError(
+            "the transformer's cache must be one that knows passes by their rows alone, got "
+            f"{type(config).__name__}: call disable_cache(), or use FirstBlockCacheConfig"
         )
     kinds = plan.kinds
     one_pass_a_step = kinds in ({"cond"}, {"fast"})
@@ -149,15 +123,12 @@ class FluxDenoiser:
         """
         module, embeds = cast(Any, self.module), conditioning.prompt_embeds
         text_ids, image_ids = self._ids(embeds, x.shape[-2], x.shape[-1])
-        prompt = conditioning
-        if module.config.guidance_embeds and "guidance" not in prompt.extra:
-            prompt = with_guidance(module, embeds, prompt.pooled, STOCK_GUIDANCE, prompt.extra)
+        prompt = self._guided(conditioning)
         # A cache must not mix passes of other rows: what it keeps of B rows is wrong for 2B.
         with module.cache_context(f"{len(x)} rows"):
             tokens = module(
                 hidden_states=pack(x.to(embeds.dtype)),
-                # The stock call rounds the timestep to the latents' dtype before it divides.
-                timestep=(sigma * self.num_train_timesteps).to(embeds.dtype) / 1000,
+                timestep=self._timestep(sigma, embeds.dtype),
                 pooled_projections=prompt.pooled,
                 encoder_hidden_states=embeds,
                 txt_ids=text_ids,
@@ -166,6 +137,25 @@ class FluxDenoiser:
                 **prompt.extra,
             )[0]
         return unpack(tokens, (x.shape[-2], x.shape[-1]))
+
+    def embed_time(self, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the embedding that modulates every block, [B, width], at ``sigma`` [B]."""
+        module, dtype = cast(Any, self.module), conditioning.prompt_embeds.dtype
+        prompt, inputs = self._guided(conditioning), [self._timestep(sigma, dtype)]
+        if "guidance" in prompt.extra:
+            inputs.append(prompt.extra["guidance"].to(dtype))
+        # As the network's own forward, which is told a thousandth of what it embeds.
+        return module.time_text_embed(*(1000 * each for each in inputs), prompt.pooled)
+
+    def _timestep(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        # The stock call rounds the timestep to the latents' dtype before it divides.
+        return (sigma * self.num_train_timesteps).to(dtype) / 1000
+
+    def _guided(self, prompt: Conditioning) -> Conditioning:
+        if not cast(Any, self.module).config.guidance_embeds or "guidance" in prompt.extra:
+            return prompt
+        embeds, pooled, extra = prompt.prompt_embeds, prompt.pooled, prompt.extra
+        return with_guidance(self.module, embeds, pooled, STOCK_GUIDANCE, extra)
 
     def capture_features(self) -> AbstractContextManager[Callable[[], Tensor]]:
         """Record the input of the last linear layer: image tokens, [B, H/2 * W/2, width]."""

@@ -42,12 +42,20 @@ class SD3Denoiser:
         """Return ``d`` [B, C, H, W] for latents ``x`` [B, C, H, W] at ``sigma`` [B]."""
         return self.module(
             hidden_states=x.to(conditioning.prompt_embeds.dtype),
-            timestep=sigma * self.num_train_timesteps,
+            timestep=self._timestep(sigma),
             encoder_hidden_states=conditioning.prompt_embeds,
             pooled_projections=conditioning.pooled,
             return_dict=False,
             **conditioning.extra,
         )[0]
+
+    def embed_time(self, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the embedding that modulates every block, [B, width], at ``sigma`` [B]."""
+        module = cast(Any, self.module)
+        return module.time_text_embed(self._timestep(sigma), conditioning.pooled)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * self.num_train_timesteps
 
     def capture_features(self) -> AbstractContextManager[Callable[[], Tensor]]:
         """Record the input of the last linear layer, [B, tokens, width]."""

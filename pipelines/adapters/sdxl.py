@@ -189,7 +189,10 @@ class SDXLFamily:
         )
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [-1, 1]; in float32 where the VAE fails in float16."""
+        """Return images [B, 3, H, W] in [-1, 1]; in float32 where the VAE fails in float16.
+
+        There the convolutions are in bfloat16 if ``core2_compile(vae_bf16=True)`` says so.
+        """
         vae = pipe.vae
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         if upcast:
@@ -203,7 +206,10 @@ class SDXLFamily:
         else:
             latents = latents / scaling
         latents = latents.to(get_module_execution_device(vae))
-        image = vae.decode(latents, return_dict=False)[0]
+        half = upcast and getattr(pipe, "_core2_vae_bf16", False)
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
+            image = vae.decode(latents, return_dict=False)[0]
         if upcast:
             vae.to(torch.float16)
+            image = image.float()
         return image

@@ -17,8 +17,9 @@ from core2_sampler.cli.launch import asked_processes
 from core2_sampler.cli.options import RECIPES
 from core2_sampler.cli.reflect import ReflectOptions
 from core2_sampler.config import ConfigError, load_config
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from core2_sampler.trajectory import TrajectoryStore
+from core2_sampler.weak_heads import load_head
 
 PROMPTS = [f"{color} {shape}" for color in ("red", "blue") for shape in ("ring", "star", "cross")]
 
@@ -171,3 +172,22 @@ def test_shipped_recipes_are_valid_and_say_how_to_run(file: Path):
     options = {"collect": CollectOptions, "reflect": ReflectOptions}
     [name] = re.findall(rf"^#   core2 (\w+) --config {file.stem}$", file.read_text(), re.MULTILINE)
     load_config(options[name], file=file)
+
+
+def test_a_head_of_flux_remembers_which_gap_it_learned(tmp_path: Path):
+    pipe = tiny_flux_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    data, head = tmp_path / "data", tmp_path / "head"
+    options = ["--steps", "2", "--weak-guidance", "1.5", "guidance_scales=3"]
+    run("collect", "-o", data, *source(tmp_path), *options)
+    train = ["--head", "tap", "--steps", "2", "batch_size=4", "held_out_share=0.4"]
+    run("reflect", "-o", head, "--data", data, *train)
+    assert json.loads((head / "config.json").read_text())["weak_guidance"] == 1.5
+    pipe.register_modules(weak_head=load_head(head))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "true_cfg_scale": 3.0}
+    with pytest.raises(ValueError, match="must be 1.5 for this weak head, .* got None"):
+        pipe("a", core2="fast", **call)
+    pipe("a", core2="fast", weak_guidance=1.5, **call)
+    run("generate", "a", "--model", tmp_path / "model", "--head", head, "--mode", "fast", code=2)

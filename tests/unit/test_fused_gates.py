@@ -11,12 +11,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core2_sampler.fused.compiling import compile_network
+from core2_sampler.evaluators.network import LatentEvaluator
+from core2_sampler.fused.compiling import compile_network, set_attention
 from core2_sampler.fused.graphs import Graphs
-from core2_sampler.fused.hot import STEPS
+from core2_sampler.fused.hot import ONLINE, STEPS, step_of
+from core2_sampler.fused.moves import moves_of
 from core2_sampler.fused.run import make_hot, sample_fused
 from core2_sampler.fused.sampler import FusedSampler, Model
 from core2_sampler.samplers import sample_dpmpp_2m, sample_euler
+from core2_sampler.scales import OnlineScale
 from core2_sampler.schedules import flow_sigmas
 from core2_sampler.steps import Plan, Step
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
@@ -97,7 +100,9 @@ def make(kind, dtype, solver=sample_euler, steps=N):
 
 # The reference; the kernel is one. A slow step weighs three derivatives where CFG weighs two.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "ops"), [("cond", 4), ("cfg", 6), ("fast", 5), ("slow", 8)])
+@pytest.mark.parametrize(
+    ("kind", "ops"), [("cond", 4), ("uncond", 4), ("cfg", 6), ("fast", 5), ("slow", 8)]
+)
 def test_operations_beside_the_networks(kind, dtype, ops):
     hot, x, plan = make(kind, dtype)
     sample_fused(hot, x, flow_sigmas(N), plan)
@@ -138,10 +143,30 @@ def test_a_step_of_a_real_network_and_head_compiles_once_and_whole():
     check_compiles_once(hot, x, Plan(tuple(Step("slow", 2.0 + i, 1.5 + i) for i in range(N))))
 
 
+@pytest.mark.parametrize("kind", ONLINE)
+def test_an_online_step_compiles_once_and_whole(kind):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    sizes = {"patch_size": 4, "width": 64, "num_layers": 1}
+    evaluator = LatentEvaluator.for_model("preference", "sd3", x, PROMPTS[0], **sizes).eval()
+    rule = OnlineScale({"preference": evaluator}, (1.0, 4.0, 9.0))
+    parts = (Still(torch.float32), StillHead(torch.float32))
+    hot = make_hot(*parts, x, N, *PROMPTS, observes=False, rule=rule)
+    check_compiles_once(hot, x, Plan((Step(kind, 4.0, 1.5),) * N))
+
+
+def test_a_step_with_tables_compiles_once_and_whole():
+    pipe = tiny_sd3_pipeline()
+    prompts = pipe.family.encode(pipe, ["a b", "c"], max_sequence_length=8)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    hot = make_hot(pipe.family.denoiser(pipe), None, x, N, *prompts, tables=True)
+    check_compiles_once(hot, x, Plan((Step("cfg", 4.0),) * N))
+
+
 def check_compiles_once(hot, x, plan):
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(STEPS[plan.steps[0].kind], backend=counter, fullgraph=True)
+    step = step_of(moves_of(plan, picks=hot.online is not None)[0])
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
     with hot.hooked():
         expected = sample_fused(hot, x, flow_sigmas(N), plan)
         for _ in range(2):
@@ -218,6 +243,25 @@ def test_a_network_compiled_in_place_says_what_it_said():
     torch.testing.assert_close(ours, expected)
 
 
+def test_blocks_compile_no_oftener_with_tables():
+    """All blocks of a class share what is compiled, wherever in the table their rows are."""
+    pipe = tiny_flux_pipeline()
+    denoiser = pipe.family.denoiser(pipe)
+    prompts = pipe.family.encode(pipe, ["a b", "c"], max_sequence_length=8)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    plan, runs, counts = Plan((Step("cfg", 4.0), Step("cond")) * 3), [], []
+    for tables in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compile_network(denoiser.module, "regional", backend=counter, dynamic=False)
+        hot = make_hot(denoiser, None, x, N, *prompts, tables=tables)
+        with hot.hooked():
+            runs.append(sample_fused(hot, x, flow_sigmas(N), plan))
+        counts.append(counter.frame_count)
+    assert 0 < counts[1] <= counts[0]
+    torch.testing.assert_close(*runs, atol=2e-5, rtol=2e-5)
+
+
 class Calls:
     """Counts calls of functions, also of those written in C."""
 
@@ -267,3 +311,18 @@ def test_a_replayed_step_calls_no_more_than_the_stock_update_alone(kind):
 def test_a_way_to_compile_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="did you mean 'regional'"):
         compile_network(torch.nn.Identity(), "region")
+
+
+def test_the_attention_backend_is_diffusers_own_switch():
+    pipe = tiny_flux_pipeline()
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    pipe.core2_compile(compile=None, attention="_native_math")
+    assert processor._attention_backend.value == "_native_math"
+    with pytest.raises(ValueError, match="must be one of"):
+        set_attention(pipe.transformer, "none such")
+
+
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_sdxl_pipeline])
+def test_a_switch_that_would_do_nothing_is_refused(build):
+    with pytest.raises(ValueError, match=r"calls torch itself, got '_native_cudnn' for"):
+        build().core2_compile(compile=None, attention="_native_cudnn")

@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 from core2_sampler.fused.graphs import Graphs
 from core2_sampler.fused.keys import _places, obstacle
 from core2_sampler.fused.sampler import FusedSampler, Model
+from core2_sampler.guidance import make_predict
 from core2_sampler.plan import make_plan
 from core2_sampler.samplers import sample_dpmpp_2m, sample_euler
+from core2_sampler.scales import OnlineScale
 from core2_sampler.schedules import flow_sigmas
 from core2_sampler.steps import Plan, Step
 from core2_sampler.testing import (
@@ -225,6 +227,56 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_log_line(world, caplog):
     ]
 
 
+def test_zigzag_steps_replay_the_graphs_of_their_kinds(world):
+    recorder = Recorder()
+    captured = FusedSampler(graphs_of(recorder))
+    for plan in (make_plan("zigzag", N, 3.0), make_plan("zigzag", 30, 5.0), plan_of("cfg")):
+        ours = sample(captured, world, plan)
+        assert torch.equal(ours, sample(FusedSampler(), world, plan))
+    assert recorder.count == 4  # cfg and uncond; for 88 hot steps other buffers
+    assert captured.graphs.replays == 3 * N - 2 + 88 + N
+
+
+class Near(nn.Module):
+    """An evaluator that prefers latents of a size that its weight and the prompt name."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(1.6))
+
+    def check_family(self, family):
+        pass
+
+    check_latents = check_family
+
+    def forward(self, x, sigma, conditioning):
+        wanted = self.size + conditioning.pooled.mean(1).sin()
+        return -(x.flatten(1).std(1) - wanted).abs() + 0.1 * sigma
+
+
+@torch.no_grad()
+def test_an_online_scale_is_captured_and_told_what_replays_picked(world):
+    recorder, near = Recorder(), Near()
+    captured, picks = FusedSampler(graphs_of(recorder)), []
+    for i, scale in enumerate((3.0, 6.0)):  # only tells that there is guidance
+        plan, now = plan_of("cfg", "cond", scale=scale), (world[0], world[1] * (1 + i), *world[2:])
+        rule, usual = (OnlineScale({"near": near}, (1.0, 2.0, 5.0, 9.0)) for _ in range(2))
+        levels = flow_sigmas(N, 3.0)
+        rule.begin(now[0], levels.tolist())
+        ours = sample(captured, now, plan, rule=rule)
+        predict = make_predict(now[0], levels, plan, *now[2:], rule=usual)
+        torch.testing.assert_close(ours, sample_euler(predict, now[1], levels))
+        torch.testing.assert_close(rule.schedule, usual.schedule, equal_nan=True)
+        picks.append(rule.schedule)
+    assert recorder.count == 2
+    assert len(torch.stack(picks)[:, ::2].unique()) > 1
+
+
+def test_an_evaluator_that_is_no_module_is_not_captured(world):
+    rule = OnlineScale({"near": lambda x, sigma, conditioning: x.mean((1, 2, 3))})
+    assert "no module" in obstacle(world[0], None, CPU, True, rule)
+
+
 @pytest.mark.parametrize(
     ("build", "name"),
     [
@@ -247,7 +299,8 @@ def test_real_networks_hold_no_number_of_the_run_they_were_captured_in(build, na
             tensor.normal_(0, 0.05, generator=generator)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     recorder = Recorder()
-    captured, scale = FusedSampler(graphs_of(recorder)), 4.5
+    tables = build is not tiny_sdxl_pipeline
+    captured, scale = FusedSampler(graphs_of(recorder), tables), 4.5
     kinds = ("slow", "fast", "cond") if name == "adapter" else ("cfg", "slow", "fast", "cond")
     for i, prompts in enumerate(((cond, uncond), (uncond, cond))):
         kinds = kinds[i:] + kinds[:i]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core2_sampler.plan import Core2Config
+from core2_sampler.scales import CallableScale, OnlineScale
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.weak_heads import HEADS
 
@@ -20,20 +21,30 @@ def call(pipe, **options):
     return pipe("a b", **values).images
 
 
+def with_head(pipe, name):
+    """Give the pipeline a head that says something."""
+    head = HEADS.get(name).for_denoiser(pipe.family.denoiser(pipe)).eval()
+    with torch.no_grad():
+        for tensor in (t for t in [*head.parameters(), *head.buffers()] if not t.any()):
+            tensor.fill_(0.02)
+    pipe.register_modules(weak_head=head)
+    return pipe
+
+
+def count_runs(pipe):
+    """Return a list that grows with each run of hot steps."""
+    runs, sample = [], pipe._core2_fused
+    pipe._core2_fused = lambda *args, **kwargs: runs.append(args) or sample(*args, **kwargs)
+    return runs
+
+
 @pytest.mark.parametrize("name", ["tap", "adapter"])
 @pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline, tiny_sdxl_pipeline])
 def test_a_compiled_pipeline_gives_the_same_latents(build, name):
-    pipe = build()
-    head = HEADS.get(name).for_denoiser(pipe.family.denoiser(pipe)).eval()
-    with torch.no_grad():
-        for parameter in (p for p in head.parameters() if not p.any()):
-            parameter.fill_(0.02)
-    pipe.register_modules(weak_head=head)
+    pipe = with_head(build(), name)
     expected = call(pipe)
     pipe.core2_compile(compile=None)
-    runs = []
-    sample = pipe._core2_fused
-    pipe._core2_fused = lambda *args, **kwargs: runs.append(args) or sample(*args, **kwargs)
+    runs = count_runs(pipe)
     torch.testing.assert_close(call(pipe), expected, atol=1e-4, rtol=1e-4)
     assert len(runs) == 1
     seen = []
@@ -80,3 +91,112 @@ def test_a_head_that_keeps_state_is_not_compiled(name, compiled):
     pipe.register_modules(weak_head=head)
     pipe.core2_compile()
     assert (head._compiled_call_impl is not None) == compiled
+
+
+CONFIGS = {
+    "zigzag": {"mode": "zigzag", "inversion_scale": 0.5},
+    "zfast": {"mode": "zfast", "zig_steps": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline, tiny_sdxl_pipeline])
+def test_zigzag_steps_are_hot_and_the_same(build, mode):
+    pipe = with_head(build(), "affine")
+    config = Core2Config(**CONFIGS[mode])
+    told, expected = times(pipe, config)
+    pipe.core2_compile(compile=None)
+    runs = count_runs(pipe)
+    ours, latents = times(pipe, config)
+    assert len(runs) == 1
+    assert ours == told
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def times(pipe, config):
+    """Return the timestep that the pipeline tells in each pass, and the latents."""
+    told = []
+    network = pipe.family.denoiser(pipe).module
+    handle = network.register_forward_pre_hook(
+        lambda *_: told.append(float(pipe._current_timestep))
+    )
+    latents = call(pipe, core2=config)
+    handle.remove()
+    return told, latents
+
+
+def test_zigzag_steps_as_released_run_as_before():
+    pipe = tiny_sd3_pipeline()
+    config = Core2Config(mode="zigzag", upstream=True)
+    expected = call(pipe, core2=config)
+    pipe.core2_compile(compile=None)
+    runs = count_runs(pipe)
+    assert torch.equal(call(pipe, core2=config), expected)
+    assert not runs
+
+
+class Size:
+    """Prefers latents of a size: each candidate scores otherwise."""
+
+    def check_family(self, family):
+        pass
+
+    check_latents = check_family
+
+    def __call__(self, x, sigma, conditioning):
+        wanted = 0.8 + conditioning.pooled.float().mean(1).sin()
+        return -(x / (1 + sigma[:, None, None, None])).flatten(1).std(1).sub(wanted).abs()
+
+
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_sdxl_pipeline])
+def test_an_online_scale_is_hot_and_its_schedule_told(build):
+    pipe = with_head(build(), "affine")
+    rule = OnlineScale({"size": Size()}, (1.0, 3.0, 7.5))
+    config = Core2Config(mode="core", slow_steps=(1,), scale_rule=rule)
+    expected = call(pipe, core2=config)
+    picked = pipe.core2_schedule
+    pipe.core2_compile(compile=None)
+    runs = count_runs(pipe)
+    torch.testing.assert_close(call(pipe, core2=config), expected, atol=1e-4, rtol=1e-4)
+    assert len(runs) == 1
+    torch.testing.assert_close(pipe.core2_schedule, picked)
+    rule = CallableScale(lambda pair: torch.full((1,), 3.0))
+    call(pipe, core2=Core2Config(mode="cfg", scale_rule=rule))
+    assert len(runs) == 1  # any function may do anything: the usual loop
+
+
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline])
+def test_tables_change_nothing_in_a_pipeline(build):
+    pipe = with_head(build(), "affine")
+    expected = call(pipe)
+    layers = {name: id(part) for name, part in pipe.transformer.named_modules()}
+    pipe.core2_compile(compile=None, tables=True)
+    torch.testing.assert_close(call(pipe), expected, atol=1e-4, rtol=1e-4)
+    assert {name: id(part) for name, part in pipe.transformer.named_modules()} == layers
+
+
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline, tiny_sdxl_pipeline])
+def test_a_pipeline_that_was_never_called_can_be_compiled(build):
+    pipe = build()
+    pipe.core2_compile()
+    network = pipe.family.denoiser(pipe).module
+    assert any(part._compiled_call_impl is not None for part in network.modules())
+
+
+@torch.no_grad()
+def test_a_vae_that_fails_in_float16_decodes_in_bfloat16_where_asked():
+    pipe = tiny_sdxl_pipeline()
+    assert pipe.vae.config.force_upcast
+    pipe.vae.to(torch.float16)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = [p.clone() for p in pipe.vae.parameters()]
+    exact = pipe.family.decode(pipe, latents)
+    pipe.core2_compile(compile=None, vae_bf16=True)
+    ours = pipe.family.decode(pipe, latents)
+    assert ours.dtype == exact.dtype == torch.float32
+    error = float((ours - exact).square().mean().sqrt() / exact.std())
+    assert 1e-4 < error < 2e-2, error
+    assert pipe.vae.dtype == torch.float16
+    assert all(map(torch.equal, before, pipe.vae.parameters()))  # and back without loss
+    with pytest.raises(ValueError, match="vae_bf16 must be False for sd3"):
+        tiny_sd3_pipeline().core2_compile(vae_bf16=True)

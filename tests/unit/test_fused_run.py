@@ -1,4 +1,8 @@
-"""A fused run on the tiny networks of all families. Truth: `make_predict` and the solver itself."""
+"""A fused run on the tiny networks of all families.
+
+Truth: `make_predict` and the solver itself, with `sample_zigzag` for steps that are undone and
+`OnlineScale` for scales that are picked on the way.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from functools import cache, partial
 import pytest
 import torch
 
+from core2_sampler.evaluators.network import LatentEvaluator
 from core2_sampler.fused.hot import Prompts, signature
 from core2_sampler.fused.run import make_hot, sample_fused
 from core2_sampler.guidance import make_predict
@@ -16,6 +21,7 @@ from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.adapters.discrete import Clock
 from core2_sampler.plan import make_plan
 from core2_sampler.samplers import sample_dpmpp_2m, sample_euler, sample_zigzag
+from core2_sampler.scales import OnlineScale
 from core2_sampler.schedules import flow_sigmas, karras_sigmas
 from core2_sampler.steps import Plan, Step
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
@@ -60,19 +66,38 @@ def mixed_plan(in_model=False):
     return Plan(tuple(steps), in_model)
 
 
+def zigzag_plan(in_model=False):
+    """Return a plan of six steps, four of them undone, by every kind that can undo one."""
+    undone = [("cfg", "uncond", 0.0), ("slow", "cfg", 0.5), ("fast", "cond", 1.0)]
+    undone += [("cfg", "fast", 2.0), ("fast", None, 0.0), ("cfg", None, 0.0)]
+    steps = (Step(kind, 3.0 + i, 1.5, *undo) for i, (kind, *undo) in enumerate(undone))
+    return Plan(tuple(steps), in_model)
+
+
 @torch.no_grad()
-def usual(family, plan, head, solver):
+def usual(family, plan, head, solver, rule=None):
     denoiser, x, cond, uncond, sigmas = world(family)
     inside = head is not None and head.in_model
+    parts = (denoiser, sigmas, plan, cond, uncond, head)
     with head.attached(denoiser.module) if inside else nullcontext():
-        return solver(make_predict(denoiser, sigmas, plan, cond, uncond, head), x, sigmas)
+        if plan.zigs:
+            undo = make_predict(denoiser, sigmas[1:], plan.undo, cond, uncond, head)
+            solver = partial(sample_zigzag, undo=undo, zigs=plan.zigs)
+        return solver(make_predict(*parts, rule=rule), x, sigmas)
 
 
-def fused(family, plan, head, solver, **options):
+def fused(family, plan, head, solver, rule=None, tables=False, **options):
     denoiser, x, cond, uncond, sigmas = world(family)
-    hot = make_hot(denoiser, head, x, len(plan), cond, uncond, solver=solver)
+    sizes = {"solver": solver, "rule": rule, "tables": tables}
+    hot = make_hot(denoiser, head, x, 2 * len(plan) + 2, cond, uncond, **sizes)
+    if rule is not None:
+        rule.begin(denoiser, sigmas.tolist())
     with hot.hooked():
         return sample_fused(hot, x, sigmas, plan, solver=solver, **options)
+
+
+def off(ours, expected):
+    return (ours - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["tap", "adapter", "last_gap", "affine"])
@@ -84,11 +109,96 @@ def test_a_fused_run_is_the_usual_run_and_costs_as_many_passes(family, name):
     expected = usual(family, plan, head, solver)
     with count_nfe(world(family)[0].module) as counter:
         ours = fused(family, plan, head, solver)
-    off = (ours - expected).abs().max() / expected.abs().max()
-    assert off < 2e-5, off
+    assert off(ours, expected) < 2e-5
     assert counter.per_sample(2) == plan.nfe
     plain = usual(family, make_plan("cfg", 6, 4.0), None, solver)
-    assert (plain - expected).abs().max() / expected.abs().max() > 1e-3  # the head was heard
+    assert off(plain, expected) > 1e-3  # the head was heard
+
+
+@pytest.mark.parametrize("name", ["tap", "adapter"])
+@pytest.mark.parametrize("family", PIPELINES)
+def test_zigzag_steps_are_the_usual_ones_and_cost_as_many_passes(family, name):
+    head = make_head(name, family)
+    plan = zigzag_plan(head.in_model)
+    expected, levels, done = usual(family, plan, head, sample_euler), [], []
+    with count_nfe(world(family)[0].module) as counter:
+        ours = fused(
+            family,
+            plan,
+            head,
+            sample_euler,
+            on_level=levels.append,
+            on_step=lambda i, _x: done.append(i),
+        )
+    assert off(ours, expected) < 5e-5
+    assert counter.per_sample(2) == plan.nfe
+    assert levels == [0, 1, 0, 1, 2, 1, 2, 3, 2, 3, 4, 3, 4, 5]
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+def online(family, **options):
+    """Return a scale rule with two untrained networks as evaluators."""
+    _, x, cond, _, _ = world(family)
+    sizes = {"patch_size": 2, "width": 64, "num_layers": 1}
+    evaluators = {
+        kind: LatentEvaluator.for_model(kind, family, x[:1], cond, seed=i, **sizes).eval()
+        for i, kind in enumerate(("preference", "alignment"))
+    }
+    return OnlineScale(evaluators, (1.0, 3.0, 4.5, 7.5), **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("sd3", "tap", {}),
+        ("sd3", "adapter", {}),
+        ("sd3", "tap", {"weights": {"preference": 0.3, "alignment": 1.0}}),
+        ("sd3", "affine", {"upstream": True}),
+        ("flux", "tap", {}),
+        ("sdxl", "affine", {}),
+    ],
+)
+def test_an_online_scale_picks_what_it_picks_in_the_usual_run(family, name, options):
+    head = make_head(name, family)
+    plan, rule = mixed_plan(head.in_model), online(family, **options)
+    solver = partial(sample_dpmpp_2m, path="ve") if family == "sdxl" else sample_euler
+    expected = usual(family, plan, head, solver, rule)
+    picked = rule.schedule
+    assert len(picked[~picked.isnan()].unique()) > 1
+    ours = fused(family, plan, head, solver, rule)
+    torch.testing.assert_close(rule.schedule, picked, rtol=0, atol=0, equal_nan=True)
+    assert off(ours, expected) < 5e-5
+    assert off(ours, usual(family, plan, head, solver)) > 1e-3  # the rule was heard
+
+
+class Drifting:
+    """Prefers latents of a size, and scores all of them higher or lower with the noise level."""
+
+    def __init__(self, size, rate):
+        self.size, self.rate = size, rate
+
+    def check_family(self, family):
+        pass
+
+    check_latents = check_family
+
+    def __call__(self, x, sigma, conditioning):
+        return (self.rate * sigma).sin() - (x.flatten(1).std(1) - self.size).abs()
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+def test_adaptive_weights_follow_the_scores_from_step_to_step(upstream):
+    """Evaluators that want opposite things: what is picked tells which of them gained."""
+    evaluators = {"small": Drifting(0.0, 9.0), "large": Drifting(9.0, -7.0)}
+    picks = []
+    for weights in ("adaptive", {"small": 1.0, "large": 1.01}):
+        rule = OnlineScale(evaluators, (1.0, 4.0, 9.0), weights, upstream)
+        usual("sd3", mixed_plan(), make_head("affine", "sd3"), sample_euler, rule)
+        picked = rule.schedule
+        fused("sd3", mixed_plan(), make_head("affine", "sd3"), sample_euler, rule)
+        torch.testing.assert_close(rule.schedule, picked, rtol=0, atol=0, equal_nan=True)
+        picks.append(picked.nan_to_num())
+    assert not torch.equal(*picks)
 
 
 def test_another_plan_scale_and_prompt_need_no_other_buffers():
@@ -143,7 +253,8 @@ def test_half_networks_keep_wide_latents():
     ("family", "name"),
     [("sd3", n) for n in ("tap", "adapter", "last_gap")] + [("flux", "tap"), ("sdxl", "affine")],
 )
-def test_a_run_never_reads_from_the_device(family, name):
+@pytest.mark.parametrize("what", ["mixed", "zigzag", "online"])
+def test_a_run_never_reads_from_the_device(family, name, what):
     """On the meta device every ``item``, ``bool``, ``nonzero`` or copy to the host raises."""
     denoiser, x, cond, uncond, sigmas = world(family)
     head = copy.deepcopy(make_head(name, family)).to("meta")
@@ -154,8 +265,12 @@ def test_a_run_never_reads_from_the_device(family, name):
         parts["clock"] = Clock(*tables)
     away = type(denoiser)(**parts)
     prompts = [to_meta(side) for side in (cond, uncond)]
-    plan = mixed_plan(head.in_model)
-    hot = make_hot(away, head, x.to("meta"), 6, *prompts)
+    plan = zigzag_plan(head.in_model) if what == "zigzag" else mixed_plan(head.in_model)
+    rule = online(family) if what == "online" else None
+    for evaluator in rule.evaluators.values() if rule else ():
+        evaluator.to("meta")
+    tables = family != "sdxl"
+    hot = make_hot(away, head, x.to("meta"), 14, *prompts, rule=rule, tables=tables)
     with hot.hooked(), torch.no_grad():
         out = sample_fused(hot, x.to("meta"), sigmas, plan)
     assert out.is_meta
@@ -194,9 +309,10 @@ def test_prompts_lie_in_buffers_that_are_filled_and_never_moved():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"solver": sample_zigzag}, "must have steps of"),
-        ({"plan": make_plan("zigzag", 6, 2.0)}, "must have steps of .* undone"),
-        ({"plan": make_plan("cfg", 65, 2.0)}, "made for 65 steps"),
+        ({"solver": sample_zigzag}, "must have a solver with a table"),
+        ({"plan": make_plan("zigzag", 6, 2.0, upstream=True)}, "undone .upstream zigzag"),
+        ({"plan": make_plan("zigzag", 30, 2.0)}, "made for 88 hot steps"),
+        ({"plan": make_plan("cfg", 65, 2.0)}, "made for 65 hot steps"),
         ({"solver": sample_dpmpp_2m}, "of this solver"),
         ({"plan": make_plan("core", 6, 2.0)}, "weak head"),
         ({"uncond": None}, "must get uncond"),

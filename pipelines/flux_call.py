@@ -91,7 +91,8 @@ def fill_negatives(pipe: Any, call: SimpleNamespace, plan: Plan) -> None:
     if plan.needs_head:
         pipe.weak_head.check_gap(call.weak_guidance)
     given = [name for name in _NEGATIVE_PROMPTS if getattr(call, name)]
-    given += ["weak_guidance"] * (call.weak_guidance is not None)
+    if call.weak_guidance is not None and not plan.needs_head:  # a head stands for it
+        given.append("weak_guidance")
     if not reads_negative(pipe, plan):
         if given:
             logger.warning("no step of the plan runs %s: it has no effect", given[0])

@@ -193,7 +193,7 @@ def test_a_negative_side_that_no_step_runs_is_reported_and_not_encoded(caplog):
     assert "negative_prompt: it has no effect" in caplog.text
     assert counter.calls == 1
     caplog.clear()
-    sample(pipe, core2="fast", weak_guidance=1.0)
+    sample(pipe, core2=Core2Config(mode="cond"), weak_guidance=1.0, guidance_scale=3.0)
     assert "weak_guidance: it has no effect" in caplog.text
     caplog.clear()
     sample(pipe, core2="balanced")
@@ -252,6 +252,18 @@ def test_a_head_works_on_the_gap_between_two_guidances():
     options = {"weak_guidance": 1.0, "guidance_scale": 3.0}
     ours = sample(pipe, core2="quality", **options)
     close(ours, two_guidances_by_hand(pipe, 3.0, 1.0, 1 + 1.5 * (SCALE - 1)))
+
+
+def test_a_head_serves_the_gap_that_it_learned(caplog):
+    pipe = tiny_flux_pipeline()
+    head = TapHead.for_denoiser(pipe.family.denoiser(pipe), weak_guidance=1.0)
+    pipe.register_modules(weak_head=head)
+    with caplog.at_level(logging.WARNING):
+        sample(pipe, core2="fast", weak_guidance=1.0, guidance_scale=3.0, negative_prompt=None)
+    assert "no effect" not in caplog.text
+    for other in (None, 1.5):
+        with pytest.raises(ValueError, match=f"must be 1.0 for this weak head, .* got {other}"):
+            sample(pipe, core2="fast", weak_guidance=other, guidance_scale=3.0)
 
 
 def test_encode_gives_both_ways_their_two_sides():

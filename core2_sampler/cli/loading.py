@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from core2_sampler.config import ConfigError, user_input
-from core2_sampler.model_files import HeadFiles, ModelFiles
+from core2_sampler.model_files import EMBEDDED, HeadFiles, ModelFiles
 
 if TYPE_CHECKING:
     from core2_sampler.weak_heads.base import WeakHead
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 DTYPE_HELP = "Precision of the weights: fp32, fp16, bf16; auto is bf16 on CUDA and fp32 elsewhere."
 LENGTH_HELP = "T5 tokens of a prompt; by default the stock call's, or the model's if fewer."
-MODEL_HELP = "An embedded model (shapes-sd3), a folder or a hub id owner/name."
+MODEL_HELP = f"An embedded model ({', '.join(EMBEDDED)}), a folder or a hub id owner/name."
 DEVICE_HELP = "A torch device such as cuda:0; auto takes the best one here."
 
 

@@ -21,7 +21,7 @@ class Placement:
     Attributes:
         rule: ``budget`` (the worst steps, as many as it pays for) or ``gated`` (all that are worse
             than the limit).
-        limit: NFE of one sample; or root mean square error of the guided prediction.
+        limit: NFE of one sample; or root mean square error of the guided velocity.
     """
 
     rule: Rule
@@ -55,7 +55,7 @@ class Placement:
         """Return the positions of the slow steps, in order.
 
         Args:
-            errors: root mean square error of each step's guided prediction if the head makes it,
+            errors: root mean square error of each step's guided velocity if the head makes it,
                 [N]; a step of error 0 is never slow, and of equal ones the earlier comes first.
             passes: what a slow step costs beyond a fast one, NFE.
 

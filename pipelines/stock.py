@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
-from core2_sampler.fused.compiling import How, compile_network, set_attention
+from core2_sampler.fused.compiling import How, check_how, compile_network, set_attention
 from core2_sampler.fused.graphs import Graphs
 from core2_sampler.fused.modulation import check_modulated
 from core2_sampler.fused.sampler import FusedSampler
@@ -199,7 +199,8 @@ class CoRe2Mixin:
                 f"vae_bf16 must be False for {self.family.name}, whose VAE decodes in its own "
                 "dtype: load it in bfloat16"
             )
-        self._core2_vae_bf16 = vae_bf16
+        if compile is not None:
+            check_how(compile)
         if tables:
             check_modulated(denoiser)
         if attention is not None:
@@ -210,6 +211,7 @@ class CoRe2Mixin:
             if head is not None and not head.in_model and head.static_state:
                 head.compile(fullgraph=True)
         self._core2_fused = FusedSampler(Graphs() if graphs else None, tables)
+        self._core2_vae_bf16 = vae_bf16
 
     def _forget(self) -> None:
         """Forget what is told of the latest call."""

@@ -91,9 +91,10 @@ def step_errors(head: WeakHead | None, sigmas: Tensor, scales: Sequence[float]) 
         scales: guidance scale of each step, [N].
 
     Returns:
-        ``(scale - 1) * sqrt(relative error * mean square of the gap)``, [N], in the unit of ``d``;
-        0 where there is no guidance. Noise levels and scales beyond those of the card have the
-        error of the nearest.
+        ``(scale - 1) * sqrt(relative error * mean square of the gap)``, [N], in the unit of a
+        velocity: SDXL's ``d`` is noise, and an error of it counts ``sqrt(1 + sigma^2)`` times. 0
+        where there is no guidance. Noise levels and scales beyond those of the card have the error
+        of the nearest.
 
     Raises:
         ValueError: if there is no head, no card, or a card without what is needed.
@@ -113,7 +114,9 @@ def step_errors(head: WeakHead | None, sigmas: Tensor, scales: Sequence[float]) 
     of_step = bins.index(sigmas[: len(scales)].cpu()).numpy()
     relative = _relative_errors(by_scale, of_step, scales)
     strength = np.maximum(np.asarray(scales) - 1, 0)
-    return (strength * np.sqrt(relative * power[of_step])).tolist()
+    levels = sigmas[: len(scales)].double().cpu().numpy()
+    unit = np.sqrt(1 + levels**2) if head.config.family == "sdxl" else 1.0
+    return (strength * unit * np.sqrt(relative * power[of_step])).tolist()
 
 
 def _relative_errors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from core2_sampler.evaluators import load_evaluator, read_config
 from core2_sampler.trajectory import write_atomic
@@ -58,11 +59,15 @@ def ship_evaluator(folder: Path) -> Path:
     """
     evaluator = load_evaluator(folder).half()
     target = SHIPPED / evaluator.config.family / evaluator.config.kind
-    shutil.rmtree(target, ignore_errors=True)
-    evaluator.save_pretrained(target)
-    config = read_config(target)
-    config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
-    write_atomic(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    if (folder / "card.json").is_file():
-        shutil.copy(folder / "card.json", target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent) as temporary:
+        new = Path(temporary) / target.name
+        evaluator.save_pretrained(new)
+        config = read_config(new)
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+        write_atomic(new / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if (folder / "card.json").is_file():
+            shutil.copy(folder / "card.json", new)
+        shutil.rmtree(target, ignore_errors=True)
+        new.rename(target)
     return target

@@ -20,6 +20,12 @@ _WHOLE = ("UNet2DConditionModel",)
 """Networks that ``regional`` compiles whole: their repeated blocks are a small part of them."""
 
 
+def check_how(how: str) -> None:
+    """Raise ValueError for an unknown way to compile."""
+    if how not in get_args(How):
+        raise unknown_name("way to compile", how, get_args(How))
+
+
 def compile_network(module: nn.Module, how: How, **options: Any) -> None:
     """Compile a diffusers network in place.
 
@@ -31,8 +37,7 @@ def compile_network(module: nn.Module, how: How, **options: Any) -> None:
     Raises:
         ValueError: unknown `how`, or a network that names no repeated blocks.
     """
-    if how not in get_args(How):
-        raise unknown_name("way to compile", how, get_args(How))
+    check_how(how)
     options = {"fullgraph": True, **options}
     name = type(module).__name__
     if how == "full" or name in _WHOLE:

@@ -104,7 +104,9 @@ def shape_key(
 
 
 def _picker(rule: OnlineScale) -> Hashable:
-    evaluators = tuple(_network(cast(nn.Module, each)) for each in rule.evaluators.values())
+    evaluators = tuple(
+        (name, _network(cast(nn.Module, each))) for name, each in rule.evaluators.items()
+    )
     return evaluators, tuple(rule.candidates), repr(rule.weights), rule.upstream
 
 

@@ -100,6 +100,9 @@ class Modulation:
             ValueError: the network is not modulated by an embedding of its own.
         """
         check_modulated(denoiser)
+        if _is_watched(getattr(denoiser.module, "time_text_embed", None)):
+            _tell_once("AdaLN tables are left out: an adapter or a hook sits on the embedding")
+            return None
         found = [part for part in denoiser.module.modules() if type(part).__name__ in _NORMS]
         norms = tuple(part for part in found if _is_plain(cast(Any, part).linear, state.x.device))
         if len(norms) < len(found):
@@ -174,6 +177,12 @@ def check_modulated(denoiser: Denoiser) -> None:
             "AdaLN tables need a network whose blocks are modulated by time and pooled prompt "
             f"alone (SD3.5, FLUX), got {type(denoiser.module).__name__}: leave them off"
         )
+
+
+def _is_watched(embedding: nn.Module | None) -> bool:
+    """Say whether what makes the embedding may say something else in another kind of step."""
+    parts = () if embedding is None else embedding.modules()
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _is_plain(layer: Any, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ in static buffers, and noise levels read from the run's table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,13 +106,13 @@ class Online:
         ]
         return torch.stack([wide(each).unflatten(0, (count, -1)) for each in told])
 
-    def record(self, num_steps: int, asking: tuple[int, ...]) -> None:
+    def record(self, num_steps: int, asked: Sequence[int]) -> None:
         """Tell the rule what was picked, once a run has ended.
 
         Args:
             num_steps: N.
-            asking: the steps that asked.
+            asked: the steps that asked.
         """
         picked = self.picked[:num_steps].clone()
-        for i in asking:
+        for i in asked:
             self.rule.record.keep(i, picked[i])

@@ -128,11 +128,12 @@ def sample_fused(
     table = step_table(plan, sigmas, solver, len(x), scales)
     with torch.cuda.device_of(x):
         hot.begin(x, table)
+        asked: list[int] = []
         try:
-            _run(hot, plan, launch, on_level, on_step)
-        finally:
+            _run(hot, plan, launch, on_level, on_step, asked)
+        finally:  # an interrupted run tells what it picked
             if hot.online is not None:
-                hot.online.record(len(plan), plan.asking)
+                hot.online.record(len(plan), asked)
     return hot.state.x.to(x.dtype, copy=True)
 
 
@@ -142,12 +143,15 @@ def _run(
     launch: Launch,
     on_level: Callable[[int], None] | None,
     on_step: Callable[[int, Tensor], None] | None,
+    asked: list[int],
 ) -> None:
+    """Run all hot steps; `asked` gets the steps that asked the scale rule."""
     for move in moves_of(plan, picks=hot.online is not None):
         hot.scale = move.step.guidance_scale
         if on_level is not None:
             on_level(move.start)
         launch(hot, move)
+        asked += [move.at] * move.picks
         if on_step is not None and move.last:
             on_step(move.at, hot.state.x)
 

@@ -186,7 +186,8 @@ def draw_noise_of_size(
 def check_no_lone_cache(module: nn.Module) -> None:
     """Refuse a cache between steps on a network that cannot be told which pass is which.
 
-    Caches of diffusers keep a state for each ``cache_context``; SD3.5 and SDXL have none.
+    Caches of diffusers keep a state for each ``cache_context``; SD3.5 and SDXL have none, and on
+    FLUX only ``enable_cache`` makes a cache known.
 
     Args:
         module: the network.
@@ -194,8 +195,8 @@ def check_no_lone_cache(module: nn.Module) -> None:
     Raises:
         ValueError: see above.
     """
-    if hasattr(module, "cache_context"):
-        return
+    if getattr(module, "_cache_config", None) is not None:
+        return  # `check_cache` of the family has seen it
     for part in module.modules():
         hooks = getattr(vars(part).get("_diffusers_hook"), "hooks", {})
         for name, hook in hooks.items():
@@ -204,6 +205,7 @@ def check_no_lone_cache(module: nn.Module) -> None:
                     f"{type(module).__name__} must have no cache between steps, which it could not "
                     f"tell the passes apart for, got {type(hook).__name__}: take it off with "
                     f"HookRegistry.remove_hook({name!r}, recurse=True)"
+                    + (", and use enable_cache" if hasattr(module, "enable_cache") else "")
                 )
 
 

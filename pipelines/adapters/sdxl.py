@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -207,7 +207,7 @@ class SDXLFamily:
             latents = latents / scaling
         latents = latents.to(get_module_execution_device(vae))
         half = upcast and getattr(pipe, "_core2_vae_bf16", False)
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(latents.device.type, torch.bfloat16) if half else nullcontext():
             image = vae.decode(latents, return_dict=False)[0]
         if upcast:
             vae.to(torch.float16)

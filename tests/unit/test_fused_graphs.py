@@ -21,6 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core2_sampler.fused import keys
 from core2_sampler.fused.graphs import Graphs
 from core2_sampler.fused.keys import _places, obstacle
 from core2_sampler.fused.sampler import FusedSampler, Model
@@ -270,6 +271,17 @@ def test_an_online_scale_is_captured_and_told_what_replays_picked(world):
         picks.append(rule.schedule)
     assert recorder.count == 2
     assert len(torch.stack(picks)[:, ::2].unique()) > 1
+
+
+def test_weights_belong_to_names_so_names_make_another_graph():
+    one, other = Near(), Near()
+    weights = {"p": 0.9, "q": 0.1}
+    rules = [
+        OnlineScale(dict(zip(names, (one, other), strict=True)), weights=weights)
+        for names in ("pq", "qp", "pq")
+    ]
+    first, swapped, again = map(keys._picker, rules)
+    assert first == again != swapped
 
 
 def test_an_evaluator_that_is_no_module_is_not_captured(world):

@@ -183,6 +183,34 @@ def test_a_pipeline_that_was_never_called_can_be_compiled(build):
     assert any(part._compiled_call_impl is not None for part in network.modules())
 
 
+def test_what_cannot_be_compiled_leaves_nothing_behind():
+    pipe = tiny_sdxl_pipeline()
+    with pytest.raises(ValueError, match="AdaLN tables"):
+        pipe.core2_compile(compile=None, tables=True, vae_bf16=True)
+    assert pipe._core2_fused is None and not pipe._core2_vae_bf16
+    pipe = tiny_flux_pipeline()
+    before = [
+        block.attn.processor._attention_backend for block in pipe.transformer.transformer_blocks
+    ]
+    with pytest.raises(ValueError, match="did you mean 'regional'"):
+        pipe.core2_compile(compile="regionl", attention="_native_math")
+    after = [
+        block.attn.processor._attention_backend for block in pipe.transformer.transformer_blocks
+    ]
+    assert before == after and pipe._core2_fused is None
+
+
+@torch.no_grad()
+def test_images_are_decoded_under_the_autocast_of_the_caller():
+    pipe = tiny_sdxl_pipeline()
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        scaled = latents / pipe.vae.config.scaling_factor
+        expected = pipe.vae.decode(scaled, return_dict=False)[0]
+        ours = pipe.family.decode(pipe, latents)
+    assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_a_vae_that_fails_in_float16_decodes_in_bfloat16_where_asked():
     pipe = tiny_sdxl_pipeline()

@@ -201,6 +201,27 @@ def test_adaptive_weights_follow_the_scores_from_step_to_step(upstream):
     assert not torch.equal(*picks)
 
 
+def test_an_interrupted_run_tells_what_it_picked_and_no_more():
+    def stop_at(last):
+        def look(i, x):
+            if i == last:
+                raise KeyboardInterrupt
+
+        return look
+
+    rule = OnlineScale({"small": Drifting(0.0, 9.0)}, (1.0, 4.0, 9.0))
+    run = partial(fused, "sd3", make_plan("cfg", 6, 3.0), None, sample_euler, rule)
+    run()
+    whole = rule.schedule
+    with pytest.raises(KeyboardInterrupt):
+        run(on_level=lambda i: stop_at(0)(i, None))
+    assert rule.schedule is None
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=stop_at(1))
+    assert torch.equal(rule.schedule[:2], whole[:2])
+    assert rule.schedule[2:].isnan().all()
+
+
 def test_another_plan_scale_and_prompt_need_no_other_buffers():
     denoiser, x, cond, uncond, sigmas = world("sd3")
     head = make_head("tap", "sd3")

@@ -152,6 +152,20 @@ def test_an_adapter_head_is_heard_through_tables():
     torch.testing.assert_close(world.run(tables=True), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_head_on_the_embedding_is_heard_where_tables_cannot_be(caplog):
+    modulation._tell_once.cache_clear()
+    world = World(tiny_sd3_pipeline)
+    targets = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+    world.head = HEADS.get("adapter").for_denoiser(world.denoiser, targets=targets)
+    world.plan = Plan(world.plan.steps, in_model=True)
+    with torch.no_grad():
+        for tensor in world.head.parameters():
+            tensor.add_(0.05)
+    assert world.hot(tables=True).modulation is None
+    assert "left out: an adapter or a hook sits on the embedding" in caplog.text
+    torch.testing.assert_close(world.run(tables=True), world.run(tables=False))
+
+
 def test_weights_that_are_elsewhere_have_no_table():
     world = World(tiny_sd3_pipeline)
     for block in world.module.transformer_blocks:

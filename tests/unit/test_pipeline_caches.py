@@ -115,6 +115,14 @@ def test_a_network_that_cannot_be_told_the_pass_is_refused_with_a_cache(hook):
         sample(pipe, core2=COND)
 
 
+@pytest.mark.parametrize("hook", APPLY)
+def test_a_cache_that_flux_does_not_know_of_is_refused(hook):
+    pipe = tiny_flux_pipeline()
+    APPLY[hook](pipe.transformer)
+    with pytest.raises(ValueError, match=f"got {hook}: take it off .* and use enable_cache"):
+        sample(pipe, core2=Core2Config(mode="cfg"), true_cfg_scale=3.0)
+
+
 def test_a_cache_on_a_unet_is_refused_until_it_is_taken_off():
     pipe = tiny_sdxl_pipeline()
     expected = sample(pipe, core2=COND)

@@ -13,7 +13,7 @@ from core2_sampler.config import ConfigError, load_config
 from core2_sampler.nfe import count_nfe
 from core2_sampler.placement import Placement
 from core2_sampler.plan import Core2Config
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.card import step_errors
 
@@ -112,12 +112,29 @@ def saved(tmp_path):
     return make
 
 
-def test_errors_are_those_of_the_noise_level_in_units_of_d(saved):
+def test_errors_are_those_of_the_noise_level(saved):
     card = {"noise_bins": [0.1, 0.5, 0.9], "gap_power": [4.0, 0.25]}
     head = saved(**card, relative_gap_error={"any": [0.25, 0.09]})
     sigmas = torch.tensor([1.0, 0.5, 0.49, 0.0, 0.0])  # the last two lie below all bins
     got = step_errors(head, sigmas, [3.0, 2.0, 2.0, 1.0])
     assert got == pytest.approx([2 * 0.3 * 0.5, 0.3 * 0.5, 0.5 * 2, 0.0])
+
+
+def test_an_error_of_noise_counts_as_the_velocity_that_it_makes(tmp_path):
+    """Truth: v = (eps - sigma x0) / sqrt(1 + sigma^2) with x0 = x - sigma eps, at a fixed x."""
+    pipe = tiny_sdxl_pipeline()
+    head = HEADS.get("cond").for_denoiser(pipe.family.denoiser(pipe))
+    head.save_pretrained(tmp_path)
+    card = {"noise_bins": [0.0, 20.0], "gap_power": [1.0], "relative_gap_error": {"any": [0.04]}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    sigmas = torch.tensor([14.6, 2.0, 0.5, 0.0], dtype=torch.float64)
+
+    def velocity(eps):
+        return (eps - sigmas * (3.0 - sigmas * eps)) / (1 + sigmas**2).sqrt()
+
+    wanted = velocity(torch.tensor(1.2)) - velocity(torch.tensor(1.0))  # off by 0.2
+    got = step_errors(load_head(tmp_path, "sdxl"), sigmas, [2.0] * 4)
+    assert got == pytest.approx(wanted.tolist(), rel=1e-6)
 
 
 def test_errors_between_the_scales_of_a_card_are_interpolated(saved):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 STATIC_ARMS = ("interval", "linear", "linear-up", "cosine", "cosine-up")
 """Rules that see nothing, about the best constant scale."""
+
+TAKEN = ("fixed", "adaptive", "mean", "shuffled")
+"""What follows ``online-`` in arms of this study; no evaluator may be called so."""
 
 NOTES = (
     "Values are percent with 95 % intervals: BCa bootstrap over whole prompts, stratified by task; "
@@ -67,6 +71,8 @@ def bench_dynamic_cfg(config: DynamicCfgConfig) -> None:
     from core2_sampler.benchmarks.cli import check_out, open_study
 
     check_out(config.out)
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("the plot needs matplotlib: pip install 'core2-sampler[bench]'")
     model = find_model(config.study.model)
     folders = evaluator_folders(config, model)
     study = open_study(config.study, model)
@@ -86,7 +92,8 @@ def evaluator_folders(config: DynamicCfgConfig, model: ModelFiles) -> dict[str, 
     """Return the folder of each evaluator by its name, as far as known to fit without its weights.
 
     Raises:
-        ConfigError: fewer than two, two of a name, or one of another model.
+        ConfigError: fewer than two, two of a name, one of a name in `TAKEN`, or one of another
+            model.
     """
     from core2_sampler.evaluators import read_config
     from core2_sampler.evaluators.shipped import find_evaluator, shipped_kinds
@@ -101,6 +108,11 @@ def evaluator_folders(config: DynamicCfgConfig, model: ModelFiles) -> dict[str, 
             "evaluators must be at least two of different names, got "
             f"{', '.join(map(str, names)) or 'none'}: name folders that `core2 evaluators train` "
             "wrote"
+        )
+    if not set(folders).isdisjoint(TAKEN):
+        raise ConfigError(
+            f"evaluators must have other names than {', '.join(TAKEN)}, got {', '.join(folders)}: "
+            "rename the folder"
         )
     for folder, each in zip(found, configs, strict=True):
         for key, wanted in (("family", model.family), ("latent_channels", model.channels)):

@@ -27,6 +27,7 @@ from core2_sampler.benchmarks.progress import progress_bar
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.ruled import Ruled, online, oracle, run_ruled, shuffled
 from core2_sampler.benchmarks.scorers import SCORERS
+from core2_sampler.benchmarks.scorers.shapes import ShapesScorer
 from core2_sampler.benchmarks.stats import Estimate
 from core2_sampler.benchmarks.study import ArmResult, Study, result_rows
 from core2_sampler.benchmarks.study_table import estimate, score_change, with_metric
@@ -134,18 +135,15 @@ def run_study(study: Study, config: DynamicCfgConfig, evaluators: Mapping[str, E
     text = f"each image's own scales of {_ADAPTIVE} in another order of the steps"
     runs.add(study, arm, shuffled("online-shuffled", text, study, picked, adaptive.key))
     text = "picked by the judge, on the image that each candidate leads to; ties by the Shapes CLIP"
-    runs.add(study, arm, oracle("oracle", text, study, config.steps, config.candidates, scorer))
+    asked = (study, config.steps, config.candidates, scorer, ShapesScorer.key)
+    runs.add(study, arm, oracle("oracle", text, *asked))
     return runs
 
 
 def pattern_plot(study: Study, runs: Runs) -> bytes:
     """Draw the mean scale of each step: of all arms under a rule, and of one by task; a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the plot needs matplotlib: pip install 'core2-sampler[bench]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, scales in runs.scales.items():

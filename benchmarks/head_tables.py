@@ -8,17 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from core2_sampler.benchmarks.cli import NOTES
 from core2_sampler.benchmarks.full_size import share_at_full_size
-from core2_sampler.benchmarks.ga_eval import Difference, verdict
+from core2_sampler.benchmarks.ga_eval import verdict
 from core2_sampler.benchmarks.matching import Matched
 from core2_sampler.benchmarks.options import command_line
 from core2_sampler.benchmarks.report import Row, markdown_table, provenance_notes, write_rows
 from core2_sampler.benchmarks.runner import resolve_head
-from core2_sampler.benchmarks.stats import holm, mean_estimate, sign_flip_p
 from core2_sampler.benchmarks.study import ArmResult, Study, result_rows
+from core2_sampler.benchmarks.study_table import corrected_differences, score_change
 from core2_sampler.trajectory import write_atomic
 from core2_sampler.weak_heads.base import WeakHead
 
@@ -102,20 +100,14 @@ def cost_rows(entry: Entry, costs: Mapping[str, float], like: Row) -> list[Row]:
 
 def verdicts(study: Study, entries: Sequence[Entry]) -> list[str]:
     """Say of each method what its comparisons with CFG and with matched CFG show."""
-    clusters = [case.prompt.id for case in study.cases]
-    strata = [case.prompt.task for case in study.cases]
     methods = [entry for entry in entries if entry.matched is not None]
     changes = [
-        np.asarray(entry.result.correct, dtype=np.float64) - np.asarray(other.correct)
+        score_change(entry.result, other)
         for entry in methods
         for other in (entry.references["cfg"], entry.matched)
         if other is not None
     ]
-    p_values = holm([sign_flip_p(change, clusters, strata) for change in changes])
-    differences = iter(
-        Difference(mean_estimate(change, clusters, strata), float(p), is_share=True)
-        for change, p in zip(changes, p_values, strict=True)
-    )
+    differences = iter(corrected_differences(study, changes))
     return [
         verdict(
             f"{arm.name}, N = {arm.steps}, scale {arm.guidance_scale:g}",
@@ -141,7 +133,7 @@ def write_tables(
     every = [entry for entries in groups.values() for entry in entries]
     heads = dict.fromkeys(entry.result.arm.head for entry in every)
     of_head = {head: {} if head is None else head_costs(study, head) for head in heads}
-    rows: list[Row] = []
+    rows: list[tuple[Row, Mapping[str, Any]]] = []
     parts = ["# Shapes: weak heads"]
     for (n, scale), entries in groups.items():
         scores = [entry_rows(study, entry, command) for entry in entries]
@@ -155,11 +147,12 @@ def write_tables(
         table = [row for own in scores for row in own]
         parts += [f"## N = {n}, guidance scale {scale:g}", markdown_table(table)]
         parts.append(_cost_table(costs))
-        rows += table + costs
+        of_group = {**about, "N": n, "scale": scale}
+        rows += [(row, of_group) for row in table + costs]
     parts.append("\n".join(f"- {line}" for line in verdicts(study, every)))
     parts += [NOTES, LEGEND, "Made by", f"    {command}", provenance_notes(about)]
     page = "\n\n".join(parts) + "\n"
-    write_rows(config.out.with_suffix(".json"), [(row, about) for row in rows])
+    write_rows(config.out.with_suffix(".json"), rows)
     write_atomic(config.out, page.encode())
     return f"{page}\nWrote {config.out} and {config.out.with_suffix('.json')}"
 

@@ -55,7 +55,8 @@ def import_images(config: ImportImagesConfig) -> tuple[Run, int]:
 
     Raises:
         ValueError: if options do not go together, the images do not fit the prompts (see
-            `place_images`), a file is no image, or the run has another arm of this name.
+            `place_images`), a file is no image, or the run has another arm of this name: of other
+            images, or of another NFE.
     """
     _check(config)
     runs = read_runs(config.out) if (config.out / "runs").is_dir() else []
@@ -76,10 +77,11 @@ def import_images(config: ImportImagesConfig) -> tuple[Run, int]:
         for seed, path in zip(run.seeds, placed[prompt.id], strict=True)
     ]
     steps, scale = _group(config, run)
-    key = {_MARK: {case.key: digest_bytes(path.read_bytes()) for case, path in files}}
+    hashes = {case.key: digest_bytes(path.read_bytes()) for case, path in files}
+    key = {_MARK: hashes, "nfe": config.nfe}
     folder = f"images/{digest(key)}"
     entry = RunArm(
-        Arm(config.arm, "cfg", steps, scale),
+        Arm(config.arm, "cond" if config.arm == "cond" else "cfg", steps, scale),
         steps,
         scale,
         folder,
@@ -142,8 +144,8 @@ def _check_name(run: Run, entry: RunArm) -> None:
     taken = {(other.arm.name, other.group): other.folder for other in run.arms}
     if taken.get((entry.arm.name, entry.group), entry.folder) != entry.folder:
         raise ValueError(
-            f"arm must be a name that {run.name} does not have for other images, got "
-            f"{entry.arm.name!r}: choose another"
+            f"arm must be a name that {run.name} does not have for other images or another nfe, "
+            f"got {entry.arm.name!r}: choose another"
         )
 
 

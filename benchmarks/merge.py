@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core2_sampler.benchmarks.report import Row, markdown_table, provenance_notes, write_rows
-from core2_sampler.config import ConfigError, option
+from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.trajectory import write_atomic
 
 Sourced = tuple[Row, dict[str, Any]]
@@ -34,8 +34,9 @@ def bench_merge(config: MergeConfig) -> None:
         raise ConfigError(f"out must be a file that ends in .md, got {config.out}")
     blocks = [read_rows(Path(name)) for name in config.tables]
     rows = [row for block in blocks for row in block]
+    with user_input():
+        page = "\n\n".join([f"# {config.title}", *map(_block, blocks)]) + "\n"
     write_rows(config.out.with_suffix(".json"), rows)
-    page = "\n\n".join([f"# {config.title}", *map(_block, blocks)]) + "\n"
     write_atomic(config.out, page.encode())
     print(f"{len(rows)} numbers of {len(blocks)} tables in {config.out}")
 
@@ -44,16 +45,24 @@ def read_rows(file: Path) -> list[Sourced]:
     """Read what ``write_rows`` wrote.
 
     Raises:
-        ConfigError: if the file is not there or is no results table.
+        ConfigError: if the file is not there, is no results table, or has scores, whose units no
+            row tells.
     """
     names = [field.name for field in fields(Row)]
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
-        return [(_row({n: each[n] for n in names}), each["provenance"]) for each in records]
+        rows = [(_row({n: each[n] for n in names}), each["provenance"]) for each in records]
+        has_scores = any("scorer" in about for _, about in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"a table must be the JSON file of a results table, got {file}: {error}"
         ) from error
+    if has_scores:
+        raise ConfigError(
+            "a table must be of a study of Shapes or of costs, got the scores of `core2 bench "
+            f"report` in {file}: that report is a page of its own"
+        )
+    return rows
 
 
 def _row(record: dict[str, Any]) -> Row:
@@ -62,10 +71,13 @@ def _row(record: dict[str, Any]) -> Row:
 
 
 def _block(rows: Iterable[Sourced]) -> str:
-    """Return one table and what made it."""
-    own = list(rows)
-    families = ", ".join(dict.fromkeys(row.family for row, _ in own))
-    table = markdown_table([row for row, _ in own])
-    commands = "\n".join(f"    {each}" for each in dict.fromkeys(row.command for row, _ in own))
-    notes = dict.fromkeys(provenance_notes(about) for _, about in own)
-    return "\n\n".join([f"## {families}", table, "Made by", commands, *notes])
+    """Return the tables of one file, one for each provenance, and what made them."""
+    groups: dict[str, list[Row]] = {}
+    for row, about in rows:
+        groups.setdefault(provenance_notes(about), []).append(row)
+    families = dict.fromkeys(row.family for own in groups.values() for row in own)
+    parts = [f"## {', '.join(families)}"]
+    for notes, own in groups.items():
+        commands = "\n".join(f"    {each}" for each in dict.fromkeys(row.command for row in own))
+        parts += [markdown_table(own), "Made by", commands, notes]
+    return "\n\n".join(parts)

@@ -32,5 +32,6 @@ def rule_key(rule: OnlineScale) -> dict[str, Any]:
     return {
         "evaluators": {name: hash_component(each) for name, each in rule.evaluators.items()},
         "candidates": list(rule.candidates),
+        "upstream": rule.upstream,
         "weights": rule.weights if isinstance(rule.weights, str) else dict(rule.weights),
     }

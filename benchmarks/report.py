@@ -27,6 +27,9 @@ LABELS = {
     "color_attr": "attribute",
 }
 
+PLAIN = ("effective_scale", "frechet_distance", "parameters", "share_of_pass", "flops")
+"""Metrics that are no shares of images, and are not told in percent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -223,12 +226,14 @@ def _label(metric: str) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    """Return '43.2 [40.1, 46.3]': percent, signed points for differences, plain for distances."""
+    """Return '43.2 [40.1, 46.3]': percent, signed points for differences, others plain."""
     if row is None:
         return ""
     numbers = (row.value, row.low, row.high)
     if row.metric.startswith("latent_distance"):
         value, low, high = (f"{number:.3f}" for number in numbers)
+    elif row.metric in PLAIN:
+        value, low, high = (f"{number:.4g}" for number in numbers)
     else:
         sign = "+" if "_minus_" in row.metric else ""
         value, low, high = (f"{100 * number:{sign}.1f}" for number in numbers)

@@ -67,12 +67,16 @@ def check_request(config: GenerateConfig) -> Request:
     heads = head_folders(config.heads, model)
     names = available_arms(SUITE_ARMS, heads) if config.arms is None else config.arms
     with user_input():
-        asked = [str(find_evaluator(each, model.family)) for each in config.evaluators or ()]
+        asked = [find_evaluator(each, model.family) for each in config.evaluators or ()]
+        if len({folder.name for folder in asked}) < len(asked):
+            raise ConfigError(
+                f"evaluators must be folders of different names, got {', '.join(map(str, asked))}"
+            )
         prompts = load(suite, config.source, limit=limit, skip_nsfw=config.skip_nsfw)
         arms = tuple(
             (arm, n, scale)
             for n in dict.fromkeys(steps or _STEPS)
-            for arm in build_arms(names, n, scale, heads, ",".join(asked))
+            for arm in build_arms(names, n, scale, heads, ",".join(map(str, asked)))
         )
     check_scales([arm for arm, _, _ in arms], model)
     deviations = _deviations(config, preset)

@@ -20,7 +20,7 @@ from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.online import rule_key
 from core2_sampler.benchmarks.runner import arm_key, decode, generate
-from core2_sampler.benchmarks.study import ArmResult, Case, Study
+from core2_sampler.benchmarks.study import ArmResult, Case, Judge, Study
 from core2_sampler.precision import wide
 from core2_sampler.scales import CallableScale, OnlineScale, Pair, SampleRule
 from core2_sampler.trajectory import stable_hash, write_atomic
@@ -130,7 +130,13 @@ def _order(case: Case, steps: int) -> Tensor:
 
 
 def oracle(
-    name: str, about: str, study: Study, steps: int, candidates: Sequence[float], scorer: Any
+    name: str,
+    about: str,
+    study: Study,
+    steps: int,
+    candidates: Sequence[float],
+    scorer: Any,
+    judge_key: str,
 ) -> Ruled:
     """Return the rule that decodes the ``x0`` each candidate leads to and asks the judge.
 
@@ -143,6 +149,7 @@ def oracle(
         steps: N of the run.
         candidates: scales to choose from.
         scorer: a `core2_sampler.benchmarks.scorers.base.Scorer` with scores of at most 100.
+        judge_key: names the study's judge and everything that changes its verdicts.
     """
     pipe, judge = study.pipe, study.judge
     if judge is None:
@@ -154,10 +161,7 @@ def oracle(
         def merit(pair: Pair, scale: float) -> Tensor:
             x0 = wide(pair.x) - pair.sigma * wide(pair.guided(scale))
             pixels = decode(pipe, schedule.to_pipeline(x0, steps))
-            images = [Image.fromarray(image.numpy()) for image in pixels]
-            right = [judge(i, c.prompt).correct for i, c in zip(images, cases, strict=True)]
-            scores = scorer.score(images, [case.prompt.text for case in cases])
-            return 1000 * torch.tensor(right, dtype=torch.float64) + scores.double()  # [B]
+            return _merits(judge, scorer, pixels, cases)
 
         def choose(pair: Pair) -> Tensor:
             best = torch.stack([merit(pair, scale) for scale in candidates]).argmax(0)
@@ -165,4 +169,12 @@ def oracle(
 
         return CallableScale(choose)
 
-    return Ruled(name, about, ["oracle", list(candidates), scorer.key], rule)
+    return Ruled(name, about, ["oracle", list(candidates), scorer.key, judge_key], rule)
+
+
+def _merits(judge: Judge, scorer: Any, pixels: Tensor, cases: Sequence[Case]) -> Tensor:
+    """Return the scorer's scores of images [B, H, W, 3], the right ones 1000 higher, [B]."""
+    images = [Image.fromarray(image.numpy()) for image in pixels]
+    right = [judge(i, case.prompt).correct for i, case in zip(images, cases, strict=True)]
+    scores = scorer.score(images, [case.prompt.text for case in cases])
+    return 1000 * torch.tensor(right, dtype=torch.float64) + scores.double()

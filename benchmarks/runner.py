@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from core2_sampler.benchmarks.study import DTYPES, Case, Study
 from core2_sampler.info import versions
 from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
+from core2_sampler.pipelines.loop import check_head, check_rule
 from core2_sampler.plan import Core2Config, make_plan
 from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Step
 from core2_sampler.trajectory import TrajectoryStore, write_atomic
-from core2_sampler.types import InModelHead
 from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.base import WeakHead
 
@@ -158,18 +158,19 @@ def check_arm(study: Study, arm: Arm) -> None:
     """Refuse an arm that could not run, before hours go into those ahead of it.
 
     Raises:
-        ValueError: as ``resolve_head`` and the plan, or if an in-model head does not fit the
-            denoiser or was not trained for the arm's guidance scale.
+        ValueError: as ``resolve_head`` and the plan, or if the head or the evaluators do not fit
+            the denoiser, or the head was not trained for the arm's guidance scale or its gap.
     """
+    pipe = study.pipe
+    denoiser = pipe.family.denoiser(pipe)
     head = resolve_head(study, arm.head)
     plan = arm.plan(head is not None and head.in_model)
-    if plan.needs_head and plan.in_model:
-        in_model = cast(InModelHead, head)
-        with (
-            in_model.attached(study.pipe.family.denoiser(study.pipe).module),
-            in_model.active(arm.guidance_scale),
-        ):
-            pass
+    check_head(head, plan, denoiser)
+    if head is not None and plan.needs_head:
+        head.check_gap(None)
+    if arm.evaluators is not None:
+        schedule = pipe.family.schedule(pipe, arm.steps, pipe.family.latent_shape(pipe)[1:])
+        check_rule(sample_rule(study, arm), plan, schedule, denoiser)
 
 
 def fit_affine(study: Study, trajectories: Path) -> WeakHead:

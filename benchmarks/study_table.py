@@ -10,13 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from core2_sampler.benchmarks.cli import about_study
+from core2_sampler.benchmarks.correction import flips_for
+from core2_sampler.benchmarks.ga_eval import Difference
 from core2_sampler.benchmarks.options import StudyConfig
-from core2_sampler.benchmarks.report import Row, markdown_table, write_rows, write_table
-from core2_sampler.benchmarks.stats import Array, Estimate, mean_estimate
+from core2_sampler.benchmarks.report import PLAIN, Row, markdown_table, write_rows, write_table
+from core2_sampler.benchmarks.stats import Array, Estimate, holm, mean_estimate, sign_flip_p
 from core2_sampler.benchmarks.study import ArmResult, Study
-
-PLAIN = ("effective_scale", "frechet_distance")
-"""Metrics that are no shares, and are not told in percent."""
 
 
 class Config(Protocol):
@@ -45,6 +44,27 @@ def estimate(study: Study, values: Any, task: str | None = None) -> Estimate:
     clusters = [cases[i].prompt.id for i in chosen]
     strata = [cases[i].prompt.task for i in chosen]
     return mean_estimate(np.asarray(values, dtype=np.float64)[chosen], clusters, strata)
+
+
+def corrected_differences(study: Study, changes: Sequence[Array]) -> list[Difference]:
+    """Estimate the means of changes, and test them with a correction for being several.
+
+    Args:
+        study: what the arms share.
+        changes: differences of two arms' verdicts image by image, each [n].
+
+    Returns:
+        One difference for each change, with enough flips behind its p-value to pass Holm's
+        correction.
+    """
+    clusters = [case.prompt.id for case in study.cases]
+    strata = [case.prompt.task for case in study.cases]
+    flips = flips_for(len(changes))
+    p_values = holm([sign_flip_p(each, clusters, strata, n_resamples=flips) for each in changes])
+    return [
+        Difference(estimate(study, change), float(p), is_share=True)
+        for change, p in zip(changes, p_values, strict=True)
+    ]
 
 
 def with_metric(row: Row, metric: str, found: Estimate) -> Row:

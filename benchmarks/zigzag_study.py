@@ -21,7 +21,6 @@ from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import find_model
 
 if TYPE_CHECKING:
-    from core2_sampler.benchmarks.ga_eval import Difference
     from core2_sampler.benchmarks.matching import Matched
     from core2_sampler.benchmarks.report import Row
     from core2_sampler.benchmarks.study import ArmResult, Study
@@ -110,7 +109,7 @@ def study_arms(config: ZigzagConfig, scale: float, heads: Mapping[str, str]) -> 
     few = [
         dataclasses.replace(arm, name=f"{arm.name}-first-{k}", zig_steps=k)
         for arm in arms
-        for k in config.first
+        for k in dict.fromkeys(config.first)
         if arm.name in FIRST_OF and k < arm.zig_steps
     ]
     return [*arms, *few]
@@ -129,6 +128,8 @@ def legend(arms: Sequence[Arm]) -> str:
 def cheapest(rows: Sequence[Row]) -> str:
     """Name the zigzag arm of the lowest NFE that is not shown to be worse than Z-Sampling."""
     against = [row for row in rows if row.metric == "overall_minus_zigzag"]
+    if not against:
+        return "Nothing was compared with Z-Sampling."
     kept = [row for row in against if not (math.isnan(row.high) or row.high < 0)]
     if not kept:
         return "Every other zigzag arm is shown to be worse than Z-Sampling, or has no interval."
@@ -201,28 +202,15 @@ class _Table:
     def verdicts(self) -> str:
         """Say of each arm whether it is better than CFG, as a Markdown list."""
         from core2_sampler.benchmarks.ga_eval import verdict
-
-        names = [result.arm.name for result in self.results[1:]]
-        pairs = zip(names, self._differences(), strict=True)
-        return "\n".join(f"- {verdict(name, *pair)}" for name, pair in pairs)
-
-    def _differences(self) -> list[tuple[Difference, Difference]]:
-        """Return each arm's differences to CFG and to its matched CFG, corrected together."""
-        from core2_sampler.benchmarks.ga_eval import Difference
-        from core2_sampler.benchmarks.stats import holm, sign_flip_p
-        from core2_sampler.benchmarks.study_table import estimate, score_change
+        from core2_sampler.benchmarks.study_table import corrected_differences, score_change
 
         cfg, *methods = self.results
-        clusters = [case.prompt.id for case in self.study.cases]
-        strata = [case.prompt.task for case in self.study.cases]
         changes = [
             score_change(result, other)
             for result in methods
             for other in (cfg, self.done[self.found[result.arm.name].arm(result.arm)])
         ]
-        p_values = holm([sign_flip_p(change, clusters, strata) for change in changes])
-        told = [
-            Difference(estimate(self.study, change), float(p), is_share=True)
-            for change, p in zip(changes, p_values, strict=True)
-        ]
-        return list(zip(told[::2], told[1::2], strict=True))
+        told = iter(corrected_differences(self.study, changes))
+        return "\n".join(
+            f"- {verdict(result.arm.name, next(told), next(told))}" for result in methods
+        )

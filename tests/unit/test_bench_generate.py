@@ -24,18 +24,22 @@ from core2_sampler.benchmarks.generate import MAX_IN_A_ROW, fill_arm
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.lines import append_lines, digest_bytes, read_lines
 from core2_sampler.benchmarks.matching import is_plain, match
-from core2_sampler.benchmarks.runner import arm_folder, cut_prompts, encode
+from core2_sampler.benchmarks.online import rule_key
+from core2_sampler.benchmarks.options import GenerateConfig
+from core2_sampler.benchmarks.request import check_request
+from core2_sampler.benchmarks.runner import arm_folder, check_arm, cut_prompts, encode
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.stages import run_settings
 from core2_sampler.benchmarks.study import Study, pick_dtype
 from core2_sampler.benchmarks.suites import load
+from core2_sampler.config import ConfigError
 from core2_sampler.evaluators import load_evaluator
 from core2_sampler.evaluators.network import LatentEvaluator
 from core2_sampler.info import versions
 from core2_sampler.plan import Core2Config
 from core2_sampler.scales import OnlineScale
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS
 
 CFG = Arm("cfg", "cfg", 2, 3.0)
@@ -290,15 +294,39 @@ def test_an_online_arm_is_what_its_evaluators_pick(tmp_path):
     assert len(folders) == 3 and not is_plain(arm)
     with pytest.raises(ValueError, match="without sample_rule to have a key"):
         arm_folder(study, dataclasses.replace(arm, sample_rule=rule), None)
+    printed = OnlineScale(rule.evaluators, upstream=True)
+    assert rule_key(printed) != rule_key(rule)
+
+
+def test_evaluators_of_one_name_are_refused_before_anything_is_loaded(tmp_path):
+    folders = tuple(str(tmp_path / name / "quality") for name in ("a", "b"))
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="different names, got .*a/quality, .*b/quality"):
+        check_request(GenerateConfig(arms=("online",), evaluators=folders))
+
+
+def test_an_arm_that_could_not_run_is_refused_before_the_first_image(tmp_path):
+    study = make_study(tmp_path, prompts=1)
+    folder = save_evaluator(study, tmp_path / "alignment", seed=0, channels=8)
+    (arm,) = build_arms(["online"], 3, 3.0, {}, str(folder))
+    with pytest.raises(ValueError, match="must have 8 channels"):
+        check_arm(study, arm)
+    pipe = tiny_flux_pipeline()
+    head = HEADS.get("tap").for_denoiser(pipe.family.denoiser(pipe), weak_guidance=1.0)
+    head.save_pretrained(tmp_path / "tap")
+    study = make_study(tmp_path, prompts=1, pipe=pipe, family="flux")
+    with pytest.raises(ValueError, match=r"weak_guidance must be 1.0 .* got None"):
+        check_arm(study, Arm("fast", "core", 2, 3.0, str(tmp_path / "tap")))
 
 
 def build_cfg(steps: int) -> Arm:
     return dataclasses.replace(CFG, steps=steps)
 
 
-def save_evaluator(study: Study, folder: Path, seed: int) -> Path:
+def save_evaluator(study: Study, folder: Path, seed: int, channels: int = 4) -> Path:
     """Save an evaluator whose answers differ from image to image."""
-    x = torch.randn(1, 4, 8, 8)
+    x = torch.randn(1, channels, 8, 8)
     prompt, _ = study.pipe.family.encode(study.pipe, ["a"], max_sequence_length=16)
     sizes = {"patch_size": 2, "width": 64, "num_layers": 1}
     network = LatentEvaluator.for_model("alignment", "sd3", x, prompt, seed=seed, **sizes)

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from core2_sampler.benchmarks.compare import value_rows
 from core2_sampler.benchmarks.exchange_options import ImportImagesConfig
 from core2_sampler.benchmarks.export import export
 from core2_sampler.benchmarks.importing import import_images
 from core2_sampler.benchmarks.judges import Judge
+from core2_sampler.benchmarks.measured import measure
 from core2_sampler.benchmarks.options import command_line
 from core2_sampler.benchmarks.report_page import write_report
 from core2_sampler.benchmarks.runs import Run, read_runs, store_of
@@ -211,10 +213,37 @@ def test_images_join_a_run_and_the_report_says_what_is_not_known(tmp_path, first
     assert "core2 bench import-images --images" in page
 
 
+def test_another_nfe_is_refused_by_name_and_is_another_arm(first):
+    given, run = first
+    assert import_images(given)[1] == 0
+    with pytest.raises(ValueError, match="for other images or another nfe, got 'cfg'"):
+        import_images(dataclasses.replace(given, nfe=4.0))
+    joined, _ = import_images(dataclasses.replace(given, arm="cfg-2", nfe=4.0))
+    told = [
+        {record.nfe for record in store_of(given.out, entry).records().values()}
+        for entry in joined.arms
+    ]
+    assert joined.name == run.name and told == [{8.0}, {4.0}]
+
+
+def test_images_without_guidance_are_at_scale_1(first):
+    """Truth: the scale of cond in the rows of every other table."""
+    given, run = first
+    for path in given.images.iterdir():
+        paint(path, 30)
+    joined, _ = import_images(ImportImagesConfig(given.images, "cond", run=run.name, out=given.out))
+    judge = Judge("imagereward", "k", lambda images, _: [(0.5, "")] * len(images))
+    scores = open_scores(given.out, judge)
+    score_tasks(tasks_of(given.out, [joined], "imagereward"), judge, scores, batch_size=6)
+    (rows, cond) = value_rows(measure(given.out, joined, scores))
+    assert (rows[0].guidance_scale, cond[0].guidance_scale) == (3.0, 1.0)
+    assert [e.arm.name for e in joined.references(joined.arms[1])] == ["cfg"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arm": "cfg"}, "must be a name that .* does not have for other images, got 'cfg'"),
+        ({"arm": "cfg"}, "does not have for other images or another nfe, got 'cfg'"),
         ({"arm": "a/b"}, "arm must be a name of letters"),
         ({"arm": "x-matched"}, "does not end in -matched"),
         ({"run": "x"}, "unknown run in this folder: got 'x'; choose one of drawbench-imported-"),

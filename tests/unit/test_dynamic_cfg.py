@@ -7,6 +7,7 @@ step, whose candidates are the images that runs of one step end with.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from core2_sampler.benchmarks import ruled
 from core2_sampler.benchmarks.arms import Arm, build_arms
 from core2_sampler.benchmarks.dynamic_cfg import (
+    TAKEN,
     DynamicCfgConfig,
     bench_dynamic_cfg,
     evaluator_folders,
@@ -137,9 +139,14 @@ def test_the_oracle_of_one_step_takes_the_image_that_is_judged_best(study):
     right = torch.tensor([end.correct for end in ends]).double()
     assert 0 < int(right.sum()) < right.numel()
     best = (1000 * right + torch.stack(clip)).argmax(0)
-    result, scales = run_ruled(study, one, oracle("oracle", "", study, 1, CANDIDATES, scorer))
+    ruled = oracle("oracle", "", study, 1, CANDIDATES, scorer, judge_key="odd")
+    result, scales = run_ruled(study, one, ruled)
     assert torch.equal(scales[:, 0], torch.tensor(CANDIDATES)[best])
     assert result.correct == right.max(0).values.bool().tolist()
+    strict = replace(study, judge=lambda image, prompt: Verdict(False))  # in the same folder
+    ruled = oracle("oracle", "", strict, 1, CANDIDATES, scorer, judge_key="strict")
+    _, scales = run_ruled(strict, one, ruled)
+    assert torch.equal(scales[:, 0], torch.tensor(CANDIDATES)[torch.stack(clip).argmax(0)])
 
 
 def test_a_mean_schedule_is_run_as_it_is():
@@ -156,6 +163,7 @@ def folders(tmp_path_factory):
     for kind in ("alignment", "fidelity"):
         evaluator(pipe, kind).save_pretrained(root / kind)
     evaluator(tiny_flux_pipeline(), "fidelity").save_config(root / "flux")
+    evaluator(pipe, "fidelity").save_config(root / "mean")
     return root
 
 
@@ -188,6 +196,7 @@ def test_the_command_writes_the_table_and_the_plot(folders, tmp_path):
         "online-shuffled",
         "oracle",
     ]
+    assert {f"online-{name}" for name in TAKEN} < {name for name, _ in arms}
     told = {(row["arm"], row["metric"]): row["value"] for row in rows if row["arm"] != "cfg"}
     assert told["online-mean", "effective_scale"] == pytest.approx(
         told["online-adaptive", "effective_scale"], rel=1e-5
@@ -216,6 +225,7 @@ def rows_of(rows, arm):
     [
         (("alignment",), "at least two of different names, got .*alignment"),
         (("alignment", "alignment"), "at least two of different names"),
+        (("alignment", "mean"), "other names than fixed, .*, got alignment, mean"),
         (("alignment", "flux"), "the family 'sd3' of .*, got 'flux'"),
         (("alignment", "model"), "folder that `core2 evaluators train` wrote, got"),
         (("alignment", "nothing"), "or one that is shipped for sd3"),
@@ -225,6 +235,15 @@ def test_evaluators_that_do_not_fit_are_refused(folders, tmp_path, kinds, messag
     config = config_of(folders, tmp_path, kinds)
     with pytest.raises(ConfigError, match=message):
         evaluator_folders(config, find_model(config.study.model))
+
+
+def test_a_plot_that_nothing_could_draw_ends_before_anything_is_loaded(
+    folders, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    monkeypatch.setattr("core2_sampler.pipelines.auto.load_pipeline", None)
+    with pytest.raises(ModuleNotFoundError, match=r"core2-sampler\[bench\]"):
+        bench_dynamic_cfg(config_of(folders, tmp_path))
 
 
 def test_candidates_without_guidance_are_refused(folders, tmp_path):

@@ -55,6 +55,8 @@ def test_arms_cost_what_their_predictions_cost():
         "zcore-first-1": (2 + 1 + 2) + 6,
         "zfast-first-1": (1 + 1 + 1) + 3,
     }  # first-3 is all but the last, which the arms themselves are
+    twice = dataclasses.replace(CONFIG, first=(1, 1))
+    assert [arm.name for arm in study_arms(twice, 3.0, OWN)] == list(nfe)
     assert {arm.name for arm in study_arms(CONFIG, 3.0, {})} == {
         "zigzag",
         "zigzag-half",
@@ -127,3 +129,4 @@ def test_the_cheapest_is_the_one_without_a_shown_loss():
     ]
     assert "zfast, NFE 82, -1.5 [-4.0, +1.0] points" in cheapest(rows)
     assert "shown to be worse" in cheapest(rows[2:]) and "NFE" not in cheapest(rows[2:])
+    assert cheapest([]) == "Nothing was compared with Z-Sampling."

@@ -72,14 +72,14 @@ def pooled_dim_of(config: Any) -> int:
     Raises:
         ValueError: if it takes none.
     """
-    if "block_out_channels" not in config:
-        return config.pooled_projection_dim
-    if config.addition_embed_type != "text_time":
+    if config.get("addition_embed_type") == "text_time":  # of a UNet
+        return sdxl_pooled_dim(config)
+    if config.get("pooled_projection_dim") is None:
         raise ValueError(
-            "a UNet must take a pooled prompt embedding (addition_embed_type text_time), got "
-            f"{config.addition_embed_type}: use the adapter head"
+            "a network must take a pooled prompt embedding, which this kind of head reads, got one "
+            "that takes none: use a conv or adapter head"
         )
-    return sdxl_pooled_dim(config)
+    return config.pooled_projection_dim
 
 
 class _Block(nn.Module):

@@ -116,22 +116,28 @@ def check_head(head: WeakHead | None, config: Core2Config, network: Network) -> 
             )
         return
     head.check_family(network.family)
+    head.check_gap(None)
     head.check_latents(network.latent_channels)
     if head.needs_negative is not None:
         raise ValueError(
             "a head must not read the negative prompt ahead of the steps, got a released "
             f"{type(head).__name__}: use {_OWN_PIPELINES[network.family]}"
         )
-    if head.needs_features and network.denoiser is None:
-        raise ValueError(
-            f"a head must not read features of {network.family}, which has no adapter of ours, "
-            f"got {type(head).__name__}: use another kind of head, such as the adapter"
-        )
-    if head.in_model and network.layout.reads_cond:
-        raise ValueError(
-            f"a head must work on outputs for {network.family}, whose loop uses cond itself, got "
-            f"{type(head).__name__}: use last_gap, cond or affine"
-        )
+    check_kind(type(head), network)
     if head.in_model:
         with head.attached(network.module):
             pass
+
+
+def check_kind(kind: type[WeakHead], network: Network) -> None:
+    """Raise ValueError for a kind of head that no training would make fit a network."""
+    if kind.needs_features and network.denoiser is None:
+        raise ValueError(
+            f"a head must not read features of {network.family}, which has no adapter of ours, "
+            f"got {kind.__name__}: use another kind of head, such as conv"
+        )
+    if kind.in_model and network.layout.reads_cond:
+        raise ValueError(
+            f"a head must work on outputs for {network.family}, whose loop uses cond itself, got "
+            f"{kind.__name__}: use conv, affine, last_gap or cond"
+        )

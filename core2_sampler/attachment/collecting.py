@@ -12,7 +12,7 @@ from torch import Tensor
 from core2_sampler.attachment import attached
 from core2_sampler.attachment.answers import Seen, Watch
 from core2_sampler.attachment.checks import NEGATIVES, scale_argument
-from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.layouts import EMBEDS, Call, told
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.attachment.replay import TIMESTEP, Replay, prompt_tensors, timesteps
 from core2_sampler.collect import CollectConfig, Job, driver, fill_store, make_units
@@ -24,13 +24,13 @@ from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
 
 Arguments = Callable[[Sequence[Record]], Mapping[str, Any]]
-"""``arguments(records)``: of a pipeline's call for B trajectories, beside those of `_OURS`.
+"""``arguments(records)``: of a pipeline's call for B trajectories, beside `_OURS` and the scale.
 
 The prompts are given unless they are here. What they tell the network beside the latents must
 follow from the prompt alone: a store keeps it once for each prompt.
 """
 
-_OURS = ("generator", "guidance_scale", "true_cfg_scale", "output_type", "num_images_per_prompt")
+_OURS = ("generator", "output_type", "num_images_per_prompt")
 
 _TIMESTEP_ROW = EXTRA + TIMESTEP  # so `Rows` hand it on with what the prompts tell
 
@@ -70,7 +70,8 @@ def collect_stock(
 
     Raises:
         ValueError: as `core2_sampler.attach` and `core2_sampler.collect.collect`; the pipeline has
-            two networks, or a scale or an argument is not as said above.
+            two networks or tells each token a timestep, prompts have other numbers of tokens, or a
+            scale or an argument is not as said above.
     """
     networks = find_networks(pipe)
     if len(networks) > 1:
@@ -85,6 +86,7 @@ def collect_stock(
             f"got {min(config.guidance_scales):g}"
         )
     first = _first_pass(pipe, arguments, make_units(jobs[:1], config)[0], policy)
+    timesteps(first.call, 1)  # refuses what no row could hold before the round is pinned
     facts = {
         "sigmas": list(first.levels),
         "policy": driver(policy),
@@ -128,9 +130,9 @@ def _run(
 ) -> None:
     """Call the pipeline for trajectories of one guidance scale."""
     given = arguments(records)
-    if wrong := [name for name in _OURS if name in given]:
-        raise ValueError(f"{wrong[0]} must be left to Collect, got {given[wrong[0]]!r}")
     scale = scale_argument(pipe)
+    if wrong := [name for name in (*_OURS, scale) if name in given]:
+        raise ValueError(f"{wrong[0]} must be left to Collect, got {given[wrong[0]]!r}")
     offset = find_networks(pipe)[0].layout.scale_offset
     call = {
         "prompt": [record.prompt for record in records],
@@ -196,15 +198,27 @@ class _Keeper:
         gap = network.true_gap(seen.gap, call, sigma)
         exact = {_TIMESTEP_ROW: timesteps(call, len(shown.x))}
         self.recorder(seen.i, shown.x, shown.cond, gap, shown.features, exact)
-        told = prompt_tensors(network, call, self.like)
+        extra = prompt_tensors(network, call, self.like)
         if self._prompt is None:
-            self._prompt, self._extra = shown.prompt, told
+            _check_tokens(call, self.like)
+            self._prompt, self._extra = shown.prompt, extra
         else:  # what each step tells anew does not belong to the prompt
             known = self._extra.items()
-            self._extra = {n: x for n, x in known if n in told and torch.equal(x, told[n])}
+            self._extra = {n: x for n, x in known if n in extra and torch.equal(x, extra[n])}
 
     def prompt(self) -> Conditioning:
         """Return the prompts of the run, once it has ended."""
         if self._prompt is None:
             raise ValueError("the loop must ask for the negative prompt, got a run that did not")
         return Conditioning(self._prompt.prompt_embeds, self._prompt.pooled, self._extra)
+
+
+def _check_tokens(call: Call, first: Call) -> None:
+    """Raise ValueError for prompts that no batch could have together with those of a first pass."""
+    embeds, like = (told(each.kwargs, EMBEDS) for each in (call, first))
+    if embeds is not None and embeds.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"prompts must be told in as many tokens as the first, {like.shape[1]}, got "
+            f"{embeds.shape[1]}: this pipeline pads to the longest prompt of a call, so collect "
+            "prompts of one length, or give the call prompt_embeds of one length"
+        )

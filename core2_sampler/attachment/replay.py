@@ -33,14 +33,6 @@ class Replay:
     network: Network
     call: Call
 
-    def __post_init__(self) -> None:
-        """Refuse what has no single tensor to denoise."""
-        if self.network.layout.lists:
-            raise ValueError(
-                "a network must be given its samples as one tensor to make its passes again, got "
-                f"{type(self.module).__name__}, which takes lists: {BY_TAP}"
-            )
-
     @property
     def family(self) -> str:
         """Family of the network."""
@@ -60,9 +52,15 @@ class Replay:
         """Return what heads are shown of a pass, [B, C, H, W], for ``x`` at ``sigma`` [B].
 
         Raises:
-            ValueError: the network was told more than the latents, the timestep and what stays the
-                same for a prompt.
+            ValueError: the network takes lists, or was told more than the latents, the timestep
+                and what stays the same for a prompt.
         """
+        if self.network.layout.lists:
+            raise ValueError(
+                "a network must be given its samples as one tensor to make its passes again, got "
+                f"{type(self.module).__name__}, which takes lists: "
+                "use a head on outputs, such as conv"
+            )
         told = {**conditioning.extra, EMBEDS: conditioning.prompt_embeds}
         told[self.network.pooled_path(self.call)] = conditioning.pooled
         told[_sample_name(self.call)] = self.network.unshow(x, sigma, self.call).to(
@@ -92,9 +90,18 @@ class Replay:
 
 
 def timesteps(call: Call, rows: int) -> Tensor:
-    """Return which timestep each row of a pass was told, [B]."""
-    given = call.args[1] if len(call.args) > 1 else call.kwargs[TIMESTEP]
-    return torch.as_tensor(given).flatten().expand(rows)
+    """Return which timestep each row of a pass was told, [B].
+
+    Raises:
+        ValueError: a row was told several, as one for each of its tokens.
+    """
+    given = torch.as_tensor(call.args[1] if len(call.args) > 1 else call.kwargs[TIMESTEP])
+    if given.ndim > 1:
+        raise ValueError(
+            "a network must be told one timestep for each sample, which is what a store keeps, got "
+            f"{tuple(given.shape)}: Collect knows no loop that tells each token its own"
+        )
+    return given.flatten().expand(rows)
 
 
 def prompt_tensors(network: Network, call: Call, like: Call) -> dict[str, Tensor]:

@@ -90,6 +90,9 @@ def _prepare_own(options: CollectOptions) -> Prepare:
         pipe = load_model(model, device, options.dtype)
         tokens = model.check_tokens(options.max_sequence_length)
         policy = None if head is None else load_weak_head(head, pipe)
+        if policy is not None:
+            with user_input():
+                policy.check_gap(options.weak_guidance)
         about: dict[str, Any] = {"model": options.model, "head": options.head}
         about["max_sequence_length"] = tokens
         if (weak := options.weak_guidance) is not None:

@@ -101,10 +101,9 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
     """Return the guidance scales of the data, and what they are from: a model of ours by name."""
     if options.data is None:
         return sorted(options.guidance_scales), "shapes-sd3"
-    files = sorted(options.data.glob("rounds/*.json"))
-    if not files:
+    rounds = list(_rounds(options.data).values())
+    if not rounds:
         raise ConfigError(f"data must be a folder that `core2 collect` filled, got {options.data}")
-    rounds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     scales = sorted({scale for each in rounds for scale in each["guidance_scales"]})
     models = sorted({each["model"] for each in rounds})
     if len(models) > 1 or options.model not in (None, models[0]):
@@ -120,12 +119,17 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
     return scales, stock[0] if stock else models[0]
 
 
+def _rounds(data: Path) -> dict[int, dict[str, Any]]:
+    """Return the settings of each round of a store by its number, the lowest first."""
+    files = sorted(data.glob("rounds/*.json"))
+    return {int(file.stem): json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
 def _learned_gap(options: ReflectOptions) -> dict[str, float]:
     """Return ``weak_guidance`` of the data, if it was collected with one."""
     if options.data is None:
         return {}
-    rounds = sorted(options.data.glob("rounds/*.json"))
-    told = [json.loads(file.read_text(encoding="utf-8")).get("weak_guidance") for file in rounds]
+    told = [each.get("weak_guidance") for each in _rounds(options.data).values()]
     if len(set(told)) > 1:
         raise ConfigError(f"the rounds of the data must be of one gap, got weak_guidance {told}")
     return {} if told[0] is None else {"weak_guidance": told[0]}
@@ -163,16 +167,21 @@ def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, A
 
 
 def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
-    """Return what loads one of our pipelines."""
+    """Return what loads one of our pipelines, where further rounds have a first one."""
+    rounds = {} if options.data is None else _rounds(options.data)
+    if options.rounds and 0 not in rounds:
+        raise ConfigError(
+            f"rounds must go on from round 0, got only {list(rounds)} in {options.data}: leave "
+            "--rounds out, or collect round 0 there"
+        )
 
     def prepare(device: str) -> dict[str, Any]:
         from core2_sampler.cli.loading import load_model, sampling_setup
-        from core2_sampler.trajectory import TrajectoryStore
 
         pipe = load_model(model, device, "fp32")
         tokens, steps, weak = options.max_sequence_length, options.sampling_steps, None
-        if options.data is not None:  # a further round is collected as the first
-            first = TrajectoryStore(options.data).settings(0)
+        if rounds:  # a further round is collected as the first
+            first = rounds[min(rounds)]
             tokens, steps = first["max_sequence_length"], len(first["sigmas"]) - 1
             weak = first.get("weak_guidance")
         return sampling_setup(pipe, steps, model.check_tokens(tokens), weak)
@@ -184,14 +193,18 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
     """Return what loads a stock pipeline, and learns how it calls its network."""
 
     def prepare(device: str) -> dict[str, Any]:
+        from core2_sampler.attachment.checks import check_kind
         from core2_sampler.attachment.collecting import replay
+        from core2_sampler.attachment.networks import find_networks
         from core2_sampler.trajectory import TrajectoryStore
+        from core2_sampler.weak_heads import HEADS
 
         records = TrajectoryStore(cast(Path, options.data)).records()
         if not records:
             raise ConfigError(f"data must hold trajectories, got none in {options.data}")
         pipe = stock.load(device, "fp32")
         with user_input():
+            check_kind(HEADS.get(options.head), find_networks(pipe)[0])
             return {"denoiser": replay(pipe, stock.arguments(), next(iter(records.values())))}
 
     return prepare

@@ -21,10 +21,13 @@ def ship(folder: Path, head: Path | None, models: Path) -> list[str]:
         What was done, in lines.
 
     Raises:
-        ValueError: if there is neither, or the head does not fit the pipeline.
+        ValueError: if there is neither, or the head does not fit the pipeline or the pair.
+        OSError: if a config is not JSON.
     """
-    if not _is_pipeline(folder) and not (folder / "config.json").is_file():
+    if not _is_pipeline(folder) and not _is_clip(folder):
         raise ValueError(f"folder must hold a pipeline or the CLIP pair, got {folder}")
+    if head is not None and not _is_pipeline(folder):
+        raise ValueError(f"head must be left out with the CLIP pair, got {head}")
     with tempfile.TemporaryDirectory(dir=models.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         shutil.copytree(models, new)  # follows links: a change of one model never reaches another
@@ -39,6 +42,14 @@ def ship(folder: Path, head: Path | None, models: Path) -> list[str]:
 
 def _is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
+
+
+def _is_clip(folder: Path) -> bool:
+    from transformers import CLIPConfig
+
+    if not (folder / "config.json").is_file():
+        return False
+    return CLIPConfig.get_config_dict(folder)[0].get("model_type") == "clip"
 
 
 def _put_clip(folder: Path, models: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from core2_sampler.config import ConfigError, read_yaml, user_input
 from core2_sampler.model_files import model_source
+from core2_sampler.registry import unknown_name
 
 if TYPE_CHECKING:
     from core2_sampler.trajectory import Record
@@ -22,6 +24,9 @@ CALL_HELP = (
 )
 
 _IMAGES = ("image", "mask_image", "control_image")
+
+_BY_OPTION = {"prompt": "prompts", "num_inference_steps": "steps"}
+"""Arguments of a call that an option of the command gives."""
 
 _EACH = (*_IMAGES, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 """Arguments of which a call takes one for each prompt."""
@@ -60,7 +65,8 @@ class StockModel:
             dtype: of the weights: ``fp32``, ``fp16``, ``bf16`` or ``auto``.
 
         Raises:
-            ConfigError: diffusers has no such class, or the model is not there or not for it.
+            ConfigError: diffusers has no such class, its call takes no such argument, or the model
+                is not there or not for it.
         """
         import diffusers
         import transformers
@@ -72,13 +78,25 @@ class StockModel:
         if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
             raise ConfigError(f"pipeline must be a pipeline class of diffusers, got {name!r}")
         pipeline_class: Any = found
+        if pipeline_class is not diffusers.DiffusionPipeline:
+            self._check_call(pipeline_class)
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         weights = DTYPES[pick_dtype(dtype, device)]
         with user_input():
             pipe = pipeline_class.from_pretrained(model_source(self.model), dtype=weights)
+        self._check_call(type(pipe))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+    def _check_call(self, pipeline_class: type) -> None:
+        """Raise ConfigError for an argument that the call of a pipeline has not."""
+        found = inspect.signature(pipeline_class.__call__).parameters.values()
+        names = [each.name for each in found if each.kind is not each.VAR_KEYWORD][1:]
+        for name in self.call:
+            if name not in names:
+                kind = f"argument of {pipeline_class.__name__}"
+                raise ConfigError(f"{unknown_name(kind, name, names)} (in --call)")
 
     def arguments(self) -> Callable[[Sequence[Record]], dict[str, Any]]:
         """Return the arguments of a call for some trajectories; images are read here.
@@ -100,13 +118,18 @@ def read_call(pipeline: str | None, file: Path | None) -> dict[str, Any]:
     """Return the arguments of ``--call``.
 
     Raises:
-        ConfigError: the file cannot be read, or there is no pipeline to call.
+        ConfigError: the file cannot be read or has what an option gives, or there is no pipeline
+            to call.
     """
     if file is None:
         return {}
     if pipeline is None:
         raise ConfigError(f"call has no effect without --pipeline, got {file}")
-    return read_yaml(file)
+    call = read_yaml(file)
+    for name, option in _BY_OPTION.items():
+        if name in call:
+            raise ConfigError(f"{name} must be left to --{option}, got {call[name]!r} in {file}")
+    return call
 
 
 def _image(path: str) -> Any:

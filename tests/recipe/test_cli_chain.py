@@ -83,6 +83,8 @@ def test_an_on_policy_round_is_driven_by_the_head(root: Path, tmp_path: Path):
     settings = json.loads((tmp_path / "data/rounds/001.json").read_text())
     assert settings["policy"] == "AdapterHead"
     run("collect", "-o", tmp_path / "data", *source(root), *round_1, "guidance_scales=9", code=2)
+    run("reflect", "-o", tmp_path / "second", "--data", tmp_path / "data", *options)
+    assert load_head(tmp_path / "second").config.scale_range == [3.0, 3.0]
 
 
 def test_rounds_collect_and_train_in_turns(root: Path, tmp_path: Path):
@@ -191,3 +193,6 @@ def test_a_head_of_flux_remembers_which_gap_it_learned(tmp_path: Path):
         pipe("a", core2="fast", **call)
     pipe("a", core2="fast", weak_guidance=1.5, **call)
     run("generate", "a", "--model", tmp_path / "model", "--head", head, "--mode", "fast", code=2)
+    round_1 = ["--round", "1", "--head", head]
+    run("collect", "-o", tmp_path / "new", *source(tmp_path), *options[:2], *round_1, code=2)
+    assert not (tmp_path / "new").exists()

@@ -11,19 +11,22 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from torch.nn import functional as F
 
 from core2_sampler import attached, testing
 from core2_sampler.attachment.collecting import collect_stock, replay
 from core2_sampler.attachment.networks import find_networks
+from core2_sampler.cli.reflect import ReflectOptions, run_reflect
 from core2_sampler.cli.stock import StockModel, read_call
 from core2_sampler.collect import CollectConfig, Job, collect, make_units
-from core2_sampler.config import ConfigError
+from core2_sampler.config import ConfigError, load_config
 from core2_sampler.nfe import count_nfe
 from core2_sampler.reflect import ReflectConfig, reflect
 from core2_sampler.testing_more import STOCK
 from core2_sampler.trajectory import TrajectoryStore
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.adapter import AdapterHead
+from core2_sampler.weak_heads.conv import ConvHead
 from core2_sampler.weak_heads.tap import TapHead
 
 SCALE, SEEDS = 3.0, (1, 2)
@@ -276,10 +279,23 @@ def test_the_command_line_calls_it_as_its_file_says(tmp_path):
     assert len(rows_of(store, "one")) == 3
     auto = StockModel(model.model, "auto", {}, 4).load("cpu", "auto")
     assert type(auto) is diffusers.StableDiffusionPipeline
+    with pytest.raises(ConfigError, match="argument of StableDiffusionPipeline: got 'strength'"):
+        StockModel(model.model, "auto", {"strength": 0.75}, 4).load("cpu", "auto")
     with pytest.raises(ConfigError, match="a pipeline class of diffusers, got 'DDIMScheduler'"):
         StockModel(model.model, "DDIMScheduler", {}, 4).load("cpu", "fp32")
     with pytest.raises(ConfigError, match="call has no effect without --pipeline"):
         read_call(None, file)
+
+
+def test_a_call_that_could_not_be_made_is_refused_before_anything_is_loaded(tmp_path):
+    file = tmp_path / "call.yaml"
+    for name, option in (("prompt", "prompts"), ("num_inference_steps", "steps")):
+        file.write_text(f"strength: 0.75\n{name}: 3\n")
+        with pytest.raises(ConfigError, match=f"{name} must be left to --{option}, got 3"):
+            read_call("auto", file)
+    typo = StockModel("no/model", "StableDiffusionImg2ImgPipeline", {"strenght": 0.75}, 4)
+    with pytest.raises(ConfigError, match="got 'strenght'; did you mean 'strength'?"):
+        typo.load("cpu", "fp32")
 
 
 def test_what_cannot_be_collected_is_refused_before_anything_is_stored(tmp_path):
@@ -305,3 +321,78 @@ def test_what_cannot_be_collected_is_refused_before_anything_is_stored(tmp_path)
     with pytest.raises(ValueError, match="must ask for the negative prompt"):
         run(STOCK["StableDiffusionXLPipeline"], distilled, store)
     assert not store.records() and not list(tmp_path.iterdir())
+
+
+def test_prompts_of_another_length_are_refused_before_they_are_stored(tmp_path):
+    """CogView4 pads to the longest prompt of a call; its call is given embeddings, so by hand."""
+    stock, store = STOCK["CogView4Pipeline"], TrajectoryStore(tmp_path)
+
+    def padded(records):
+        call, more = arguments(stock)(records), 16 * (records[0].seed == SEEDS[1])
+        texts = ("prompt_embeds", "negative_prompt_embeds")
+        return {**call, **{name: F.pad(call[name], (0, 0, more, 0)) for name in texts}}
+
+    kept = CollectConfig(**CONFIG, batch_size=1)
+    with pytest.raises(ValueError, match="as many tokens as the first, 8, got 24"):
+        collect_stock(built(stock.name), padded, JOBS, store, kept)
+    assert [key.prompt_id for key in store.records()] == ["one"]
+
+
+def test_what_is_told_of_each_token_is_refused_before_anything_is_stored(tmp_path):
+    stock, store = STOCK["WanPipeline"], TrajectoryStore(tmp_path)
+    pipe = diffusers.WanPipeline(**stock.parts(), expand_timesteps=True)
+    with pytest.raises(ValueError, match="one timestep for each sample"):
+        run(stock, pipe, store)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_guidance_of_flux_can_be_chosen_and_that_of_cfg_cannot(tmp_path):
+    stock, store = STOCK["FluxPipeline"], TrajectoryStore(tmp_path)
+
+    def chosen(records, **scales):
+        return {**arguments(stock)(records), **scales}
+
+    kept, pipe = CollectConfig(**CONFIG), built(stock.name)
+    with pytest.raises(ValueError, match="true_cfg_scale must be left to Collect, got 2.0"):
+        collect_stock(pipe, partial(chosen, true_cfg_scale=2.0), JOBS, store, kept)
+    collect_stock(pipe, partial(chosen, guidance_scale=2.0), JOBS, store, kept)
+    assert rows_of(store, "two").extra["guidance"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("name", ["QwenImagePipeline", "ZImagePipeline", "FluxKontextPipeline"])
+def test_a_head_on_outputs_needs_no_pass_to_be_made_again(name, tmp_path):
+    """A trained one comes nearer to CFG than the prompt alone."""
+    stock, store = STOCK[name], TrajectoryStore(tmp_path)
+    pipe = built(name)
+    run(stock, pipe, store, [Job(f"p{i}", f"p{i}", SEEDS[i % 2]) for i in range(8)])
+    record = next(iter(store.records().values()))
+    denoiser = replay(pipe, arguments(stock), record)
+    head = ConvHead.for_denoiser(denoiser, widths=(32, 32))
+    config = ReflectConfig(
+        steps=30, batch_size=8, learning_rate=1e-2, precision="fp32", evaluations=1
+    )
+    report = reflect(head, store.source(0.3), config, denoiser=denoiser)
+    assert report.held_out[-1][1] < 0.95  # untrained it is 1
+    scale = SCALE - find_networks(pipe)[0].layout.scale_offset
+    wanted, unguided = (stock.sample(pipe, each) for each in (scale, stock.unguided))
+    with attached(pipe, head=head, core2="fast"):
+        ours = stock.sample(pipe, scale)
+        assert pipe.core2_plan.nfe == 3
+    assert float((ours - wanted).square().mean() / (unguided - wanted).square().mean()) < 0.95
+
+
+def test_a_head_that_could_not_be_attached_is_not_trained(tmp_path):
+    """Lumina 2's loop uses cond itself; the encoder that its folder needs is never asked."""
+    stock, sd3 = STOCK["Lumina2Pipeline"], testing.tiny_sd3_pipeline()
+    parts = {name: getattr(sd3, name) for name in ("vae", "text_encoder", "tokenizer")}
+    pipe = diffusers.Lumina2Pipeline(**{**stock.parts(), **parts})
+    pipe.save_pretrained(tmp_path / "model")
+    about = StockModel(str(tmp_path / "model"), stock.name, {}, stock.steps).facts()
+    kept = CollectConfig(**CONFIG)
+    store = TrajectoryStore(tmp_path / "data")
+    collect_stock(pipe, arguments(stock), JOBS, store, kept, about=about)
+    given = {"output": tmp_path / "head", "data": store.root, "steps": 1, "device": "cpu"}
+    for head, text in (("adapter", "loop uses cond itself"), ("tap", "must not read features")):
+        with pytest.raises(ConfigError, match=text):
+            run_reflect(load_config(ReflectOptions, given={**given, "head": head}))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "data"}

@@ -27,6 +27,7 @@ from core2_sampler.testing_more import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
 from core2_sampler.weak_heads.controls import AffineHead, CondHead, LastGapHead
+from core2_sampler.weak_heads.conv import ConvHead
 from core2_sampler.weak_heads.tap import TapHead
 
 CFG = Core2Config(mode="cfg")
@@ -124,7 +125,7 @@ def test_a_head_guides_as_in_our_own_pipeline(family, kind):
     assert far(wanted, unguided)
 
 
-INSIDE = ("StableDiffusion", "PixArtSigma", "AuraFlow", "CogView4", "Chroma", "Wan", "LTX")
+INSIDE = ("StableDiffusion", "PixArtSigma", "Sana", "AuraFlow", "CogView4", "Chroma", "Wan", "LTX")
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -561,6 +562,13 @@ def test_attaching_twice_and_detaching_twice_are_refused():
         detach(pipe)
     with attached(pipe, head="cond", core2="fast"):
         detach(pipe)
+
+
+def test_a_head_that_learned_another_gap_is_refused():
+    pipe = FLUX.pipe()
+    head = ConvHead.for_denoiser(find_networks(pipe)[0], widths=(32,), weak_guidance=1.0)
+    with pytest.raises(ValueError, match="must be 1.0 for this weak head, .* got None"):
+        attach(pipe, head=head, core2="fast")
 
 
 def test_a_plan_that_does_not_fit_the_run_is_refused():

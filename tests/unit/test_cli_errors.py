@@ -39,6 +39,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     edited_copy(root / "model/model_index.json", root / "video", _class_name="WanPipeline")
     (root / "file").write_text("x")
     save_sdxl(root)
+    driven = {"model": str(root / "model"), "guidance_scales": [3.0]}
+    (root / "driven" / "rounds").mkdir(parents=True)
+    (root / "driven" / "rounds" / "001.json").write_text(json.dumps(driven))
     return root
 
 
@@ -170,11 +173,16 @@ OTHERS = [
         "scale_range must be two rising scales above 1, got (5.0, 2.0)",
     ),
     (["reflect", "-o", "{0}/h", "--steps", "1", "--online", "--head", "tab"], "'tap'"),
+    (
+        ["reflect", "-o", "{0}/h", "--steps", "1", "--data", "{0}/driven", "--rounds", "1"],
+        "rounds must go on from round 0, got only [1] in {0}/driven",
+    ),
     (["shapes", "train", "--part", "unet", "--minutes", "1"], "unknown part: got 'unet'"),
     (["shapes", "train", "--part", "vae", "--minutes", "0"], "minutes must be at least"),
     (["shapes", "train", "--part", "sd3", "--minutes", "1", "--out", "{0}/empty"], "must exist"),
     (["shapes", "render", "-n", "0"], "num_images must be at least 1, got 0"),
     (["shapes", "judge", "{0}/empty"], "a folder must hold PNG files with their JSON"),
+    (["shapes", "ship", "{0}/empty"], "a pipeline or the CLIP pair, got {0}/empty"),
     (["shapes", "paint"], "paint"),
     (["genrate"], "'generate'"),
 ]

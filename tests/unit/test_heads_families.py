@@ -13,9 +13,11 @@ from torch import nn
 from core2_sampler.pipelines.adapters.sd3 import SD3Denoiser
 from core2_sampler.shapes import model_path
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sdxl_pipeline
+from core2_sampler.testing_more import STOCK
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads import load_head
 from core2_sampler.weak_heads.adapter import AdapterHead
+from core2_sampler.weak_heads.patch import PatchHead
 from core2_sampler.weak_heads.tap import TapHead
 
 TINY = {"flux": tiny_flux_pipeline, "sdxl": tiny_sdxl_pipeline}
@@ -134,9 +136,12 @@ def test_a_tap_sees_sdxls_latents_as_the_network_does():
     assert (gap_of(flow, features, grown, sigma) - wanted).abs().max() > 0.01
 
 
-def test_a_tap_on_a_unet_without_a_pooled_prompt_is_refused():
+def test_a_head_on_a_pooled_prompt_is_refused_where_there_is_none():
     pipe = tiny_sdxl_pipeline()
     config = dict(pipe.unet.config) | {"addition_embed_type": None}
-    denoiser = replace(pipe.family.denoiser(pipe), module=UNet2DConditionModel.from_config(config))
-    with pytest.raises(ValueError, match="text_time.*got None: use the adapter"):
-        TapHead.for_denoiser(denoiser)
+    unet, pixart = UNet2DConditionModel.from_config(config), STOCK["PixArtSigmaPipeline"].pipe()
+    for module in (unet, pixart.transformer):
+        denoiser = replace(pipe.family.denoiser(pipe), module=module)
+        for kind in (TapHead, PatchHead):
+            with pytest.raises(ValueError, match="take a pooled .* use a conv or adapter head"):
+                kind.for_denoiser(denoiser)

@@ -9,9 +9,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
+from core2_sampler import CoRe2Pipeline
 from core2_sampler.cli.ship import ship
 from core2_sampler.shapes import models
 from core2_sampler.shapes.train import save_half
+from core2_sampler.weak_heads.conv import ConvHead
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +104,27 @@ def test_a_new_model_leaves_the_others_as_they_are(trained, shipped, tmp_path):
     assert not torch.equal(changed["decoder.conv_out.bias"], before["decoder.conv_out.bias"])
 
 
+def test_a_head_lies_in_its_model_with_its_card(trained, tmp_path):
+    target, folder = tmp_path / "models", tmp_path / "head"
+    target.mkdir()
+    channels = models.build_vae().config.latent_channels
+    head = ConvHead("sd3", channels, widths=(32,))
+    torch.nn.init.constant_(head.network.conv_out.bias, 0.5)
+    head.save_pretrained(folder)
+    (folder / "card.json").write_text('{"model": "shapes-sd3"}', encoding="utf-8")
+    ship(trained / "sd3", folder, target)
+    assert (target / "sd3/weak_head/card.json").read_text() == '{"model": "shapes-sd3"}'
+    got = CoRe2Pipeline.from_pretrained(target / "sd3").weak_head
+    assert torch.equal(got.network.conv_out.bias, head.network.conv_out.bias)
+
+
 def test_a_model_that_cannot_be_read_changes_nothing(trained, shipped, tmp_path):
     before = real_files(shipped)
-    with pytest.raises(ValueError, match="must hold a pipeline or the CLIP pair, got"):
-        ship(tmp_path, None, shipped)
+    for folder in (tmp_path, trained / "vae", trained / "text_encoder"):
+        with pytest.raises(ValueError, match="must hold a pipeline or the CLIP pair, got"):
+            ship(folder, None, shipped)
+    with pytest.raises(ValueError, match="head must be left out with the CLIP pair, got"):
+        ship(trained / "clip", tmp_path, shipped)
     broken = tmp_path / "broken"
     broken.mkdir()
     index = json.loads((trained / "sd3" / "model_index.json").read_text(encoding="utf-8"))

@@ -37,7 +37,9 @@ class TrainOptions:
         Path("runs/shapes"), help="Folder of the parts; the same command again resumes.", short="-o"
     )
     start: Path | None = option(
-        None, help="Folder of an SD3 pipeline (for clip: of `clip`) whose networks are taken over."
+        None,
+        help="Folder of a trained pipeline (for clip: of `clip`) to go on from; SD3's lends its "
+        "VAE and text encoders where --out has none.",
     )
     device: str = option("auto", help=DEVICE_HELP)
 

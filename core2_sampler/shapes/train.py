@@ -193,16 +193,19 @@ def _untrained(part: str, folder: Path) -> Any:
 def _take_over(part: str, start: Path, folder: Path) -> None:
     """Copy the networks of a trained pipeline that ``folder`` does not have yet.
 
-    A pipeline of another family lends its VAE and text encoders only.
+    An SD3 pipeline lends its VAE and text encoders; those of the others are not all there.
     """
     if part in RECIPES:
-        if missing := [name for name in _SHARED if not (start / name).is_dir()]:
+        missing = [name for name in _SHARED if not (folder / name).exists()]
+        if not start.is_dir():
+            raise ValueError(f"start must be a folder that exists, got {start}")
+        if missing and not (start / "text_encoder_3").is_dir():
             raise ValueError(
-                f"start must be the folder of an SD3 pipeline, got {start} without {missing[0]}"
+                f"start must be the folder of an SD3 pipeline, got {start}: or put {missing[0]} of "
+                f"one into {folder}"
             )
-        for name in _SHARED:
-            if not (folder / name).exists():
-                shutil.copytree(start / name, folder / name)
+        for name in missing:
+            shutil.copytree(start / name, folder / name)
     own, begun = start / _SOURCES[part].folder, folder / f"{part}.start"
     if (own / "config.json").is_file():
         config = json.loads((own / "config.json").read_text(encoding="utf-8"))
@@ -246,8 +249,8 @@ def train(
         minutes: time box; the learning rate falls at its end.
         device: a torch device.
         start: folder that holds the trained part (for CLIP, one with ``clip`` in it): training
-            begins there. For a denoiser the folder of an SD3 pipeline, whose VAE and text encoders
-            become parts where `folder` has none; of another family, these alone.
+            begins there. The folder of an SD3 pipeline also lends any denoiser its VAE and text
+            encoders, where `folder` has none.
         log: called with lines of progress.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UNet2DConditionModel,
 )
 from safetensors.torch import load_file
 
@@ -217,8 +219,20 @@ def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer")
     for name, value in first.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-2)
-    with pytest.raises(ValueError, match="must be the folder of an SD3 pipeline"):
+    with pytest.raises(ValueError, match="must be a folder that exists, got .*none"):
         train.train("sd3", tmp_path, 1, start=tmp_path / "none")
+
+
+def test_another_family_goes_on_beside_the_encoders_of_sd3(parts, tmp_path):
+    with pytest.raises(ValueError, match="SD3 pipeline, got .*sdxl: or put vae of one into"):
+        train.train("sdxl", tmp_path, 1, start=parts / "sdxl")
+    first = UNet2DConditionModel.from_pretrained(parts / "sdxl" / "unet").state_dict()
+    for name in ("vae", "text_encoder", "text_encoder_3"):
+        shutil.copytree(parts / name, tmp_path / name)
+    train.train("sdxl", tmp_path, 1e-6, start=parts / "sdxl", log=quiet)
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "sdxl" / "unet").state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("part, network", [("t5", "text_encoder_3"), ("clip", "clip")])

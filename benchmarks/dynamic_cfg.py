@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from core2_sampler.benchmarks.arms import ARMS, Arm, build_arms
 from core2_sampler.benchmarks.options import StudyConfig, command_line
-from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import ModelFiles, find_model
+from core2_sampler.config import ConfigError, option
+from core2_sampler.model_files import ModelFiles, find_fitting_evaluator, find_model
 
 if TYPE_CHECKING:
     from core2_sampler.benchmarks.dynamic_runs import Runs
@@ -95,13 +95,10 @@ def evaluator_folders(config: DynamicCfgConfig, model: ModelFiles) -> dict[str, 
         ConfigError: fewer than two, two of a name, one of a name in `TAKEN`, or one of another
             model.
     """
-    from core2_sampler.evaluators import read_config
-    from core2_sampler.evaluators.shipped import find_evaluator, shipped_kinds
+    from core2_sampler.evaluators.shipped import shipped_kinds
 
     names = shipped_kinds(model.family) if config.evaluators is None else config.evaluators
-    with user_input():
-        found = [find_evaluator(name, model.family) for name in names]
-        configs = [read_config(folder) for folder in found]
+    found = [find_fitting_evaluator(name, model) for name in names]
     folders = {folder.name: folder for folder in found}
     if len(folders) < max(2, len(found)):
         raise ConfigError(
@@ -114,13 +111,6 @@ def evaluator_folders(config: DynamicCfgConfig, model: ModelFiles) -> dict[str, 
             f"evaluators must have other names than {', '.join(TAKEN)}, got {', '.join(folders)}: "
             "rename the folder"
         )
-    for folder, each in zip(found, configs, strict=True):
-        for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
-            if each.get(key) != wanted:
-                raise ConfigError(
-                    f"an evaluator must have the {key} {wanted!r} of {model.name}, got "
-                    f"{each.get(key)!r} in {folder}"
-                )
     return folders
 
 

@@ -29,10 +29,11 @@ from core2_sampler.benchmarks.runner import check_arm, cut_prompts, shared_key
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scores import open_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.shard import Shard
-from core2_sampler.benchmarks.study import DTYPES, Study, pick_dtype
+from core2_sampler.benchmarks.study import Study
 from core2_sampler.config import user_input
 from core2_sampler.info import pick_device
 from core2_sampler.pipelines.auto import load_pipeline
+from core2_sampler.precision import DTYPES, pick_dtype
 from core2_sampler.registry import unknown_name
 
 

@@ -20,16 +20,8 @@ from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest, hash_pipeline
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.stats import Estimate, mean_estimate, share_estimate
+from core2_sampler.precision import DTYPES
 from core2_sampler.trajectory import stable_hash
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def pick_dtype(name: str, device: str) -> str:
-    """Return the precision of weights that ``auto`` stands for: bf16 on CUDA, fp32 elsewhere."""
-    if name != "auto":
-        return name
-    return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
 class Prompt(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.config import ConfigError
+from core2_sampler.config import ConfigError, user_input
 from core2_sampler.registry import unknown_name
 from core2_sampler.shapes import MODELS, model_path
 
@@ -243,6 +243,34 @@ def find_head(name: str | None, model: ModelFiles) -> HeadFiles | None:
         controls = ", ".join(UNTRAINED)
         raise ConfigError(f"head must be a folder that exists or one of {controls}, got {name!r}")
     return _head_files(name, str(folder), "", model)
+
+
+def find_fitting_evaluator(name: str | Path, model: ModelFiles) -> Path:
+    """Find an evaluator, and check that it fits the model as far as its config tells.
+
+    Args:
+        name: a folder, or the kind of a shipped one.
+        model: the model whose latents it shall see.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ConfigError: if there is no such evaluator, or it was made for another model.
+    """
+    from core2_sampler.evaluators import read_config
+    from core2_sampler.evaluators.shipped import find_evaluator
+
+    with user_input():
+        folder = find_evaluator(name, model.family)
+        config = read_config(folder)
+    for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
+        if config.get(key) != wanted:
+            raise ConfigError(
+                f"an evaluator must have the {key} {wanted!r} of {model.name}, got "
+                f"{config.get(key)!r} in {folder}"
+            )
+    return folder
 
 
 def _own_head(model: ModelFiles) -> HeadFiles | None:

@@ -27,17 +27,14 @@ def load_model(model: ModelFiles, device: str, dtype: Dtype = "auto") -> Any:
         dtype: of the weights.
     """
     import diffusers
-    import torch
     import transformers
 
     from core2_sampler.pipelines.auto import load_pipeline
+    from core2_sampler.precision import DTYPES, pick_dtype
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    if dtype == "auto":
-        dtype = "bf16" if torch.device(device).type == "cuda" else "fp32"
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    pipe = load_pipeline(model.source, dtype=dtypes[dtype])
+    pipe = load_pipeline(model.source, dtype=DTYPES[pick_dtype(dtype, device)])
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

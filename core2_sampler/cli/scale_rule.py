@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core2_sampler.config import ConfigError, user_input
-from core2_sampler.model_files import ModelFiles
+from core2_sampler.model_files import ModelFiles, find_fitting_evaluator
 from core2_sampler.scale_rules import ONLINE
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ def check_rule(config: GenerateConfig, model: ModelFiles) -> None:
             if getattr(config, name) is not None:
                 raise ConfigError(f"{name} has no effect without --scale-rule online; leave it out")
         return
-    from core2_sampler.evaluators import read_config
-    from core2_sampler.evaluators.shipped import find_evaluator
-
     names = [folder.name for folder in config.evaluators or ()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(
@@ -53,14 +50,7 @@ def check_rule(config: GenerateConfig, model: ModelFiles) -> None:
             f"evaluators train` wrote, or kinds of shipped ones, got {', '.join(names) or 'none'}"
         )
     for folder in config.evaluators or ():
-        with user_input():
-            found = read_config(find_evaluator(folder, model.family))
-        for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
-            if found.get(key) != wanted:
-                raise ConfigError(
-                    f"an evaluator must have the {key} {wanted!r} of {model.name}, got "
-                    f"{found.get(key)!r} in {folder}"
-                )
+        find_fitting_evaluator(folder, model)
 
 
 def online_scale(config: GenerateConfig, family: str, device: str) -> OnlineScale:

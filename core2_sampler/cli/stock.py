@@ -71,7 +71,7 @@ class StockModel:
         import diffusers
         import transformers
 
-        from core2_sampler.benchmarks.study import DTYPES, pick_dtype
+        from core2_sampler.precision import DTYPES, pick_dtype
 
         name = "DiffusionPipeline" if self.pipeline == "auto" else self.pipeline
         found = getattr(diffusers, name, None)

@@ -195,10 +195,10 @@ def _take_over(part: str, start: Path, folder: Path) -> None:
 
     An SD3 pipeline lends its VAE and text encoders; those of the others are not all there.
     """
+    if not start.is_dir():
+        raise ValueError(f"start must be a folder that exists, got {start}")
     if part in RECIPES:
         missing = [name for name in _SHARED if not (folder / name).exists()]
-        if not start.is_dir():
-            raise ValueError(f"start must be a folder that exists, got {start}")
         if missing and not (start / "text_encoder_3").is_dir():
             raise ValueError(
                 f"start must be the folder of an SD3 pipeline, got {start}: or put {missing[0]} of "

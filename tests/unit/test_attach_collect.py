@@ -6,6 +6,7 @@ Truth: our own Collect, the latents that the stock call shows its callback, the 
 from __future__ import annotations
 
 import functools
+import sys
 from functools import partial
 
 import diffusers
@@ -396,3 +397,12 @@ def test_a_head_that_could_not_be_attached_is_not_trained(tmp_path):
         with pytest.raises(ConfigError, match=text):
             run_reflect(load_config(ReflectOptions, given={**given, "head": head}))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "data"}
+
+
+def test_a_stock_pipeline_loads_without_the_extras(monkeypatch):
+    """scipy comes with `bench` and `test` only; statistics are nothing that Collect needs."""
+    for name in [name for name in sys.modules if name.startswith("core2_sampler.benchmarks")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    loaded = StockModel("shapes-sd3", "StableDiffusion3Pipeline", {}, 2).load("cpu", "auto")
+    assert type(loaded) is diffusers.StableDiffusion3Pipeline and loaded.dtype == torch.float32

@@ -31,13 +31,14 @@ from core2_sampler.benchmarks.runner import arm_folder, check_arm, cut_prompts, 
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.stages import run_settings
-from core2_sampler.benchmarks.study import Study, pick_dtype
+from core2_sampler.benchmarks.study import Study
 from core2_sampler.benchmarks.suites import load
 from core2_sampler.config import ConfigError
 from core2_sampler.evaluators import load_evaluator
 from core2_sampler.evaluators.network import LatentEvaluator
 from core2_sampler.info import versions
 from core2_sampler.plan import Core2Config
+from core2_sampler.precision import pick_dtype
 from core2_sampler.scales import OnlineScale
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from core2_sampler.weak_heads import HEADS

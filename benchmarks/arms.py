@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core2_sampler.model_files import UNTRAINED
+from core2_sampler.fitting import UNTRAINED
 from core2_sampler.plan import Core2Config, Mode, Plan
 from core2_sampler.registry import Registry
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HEAD_MODES: tuple[Mode, ...] = ("core", "zcore", "zfast")
 """The modes that ask a weak head."""
 
-ZIG_MODES: tuple[Mode, ...] = ("zigzag", "zcore", "zfast")
+ZIG_MODES: tuple[Mode, ...] = ("zigzag", "zcore", "zfast", "z2")
 """The modes of zigzag steps."""
 
 
@@ -217,6 +217,7 @@ for _name, _spec in {
     "zfast": ArmSpec("zfast", "made by the model's own head, undone as in zcore", OWN),
     "zfast-cond": ArmSpec("zfast", "as zfast, undone by cond", OWN, inversion_scale=1.0),
     "zfast-quarter": ArmSpec("zfast", "as zfast, in the first quarter", OWN, zig_share=0.25),
+    "z2": ArmSpec("z2", "zigzag steps at CFG's passes: the step before's gap undoes them"),
     "interval": ArmSpec(
         "cfg",
         "CFG in the middle three fifths of the steps, cond before and after",

@@ -1,6 +1,6 @@
 """``core2 bench zigzag``: what zigzag steps are worth for what they cost, on the Shapes world.
 
-A zigzag step pays for up to three predictions, so each arm is compared with CFG at the same number
+A zigzag step pays for one to three predictions, so each arm is compared with CFG at the same number
 of steps, with CFG that spends the same NFE on more steps, and with CFG at the arm's own effective
 guidance scale and NFE (GA-Eval), on the same initial latents.
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from core2_sampler.benchmarks.arms import ARMS, ZIG_MODES, Arm, build_arms
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
-from core2_sampler.benchmarks.options import StudyConfig, command_line
+from core2_sampler.benchmarks.notes import COUNTED, PAIRED, VALUES
+from core2_sampler.benchmarks.options import StudyConfig, check_out, command_line
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import find_model
 
@@ -25,19 +26,17 @@ if TYPE_CHECKING:
     from core2_sampler.benchmarks.report import Row
     from core2_sampler.benchmarks.study import ArmResult, Study
 
-STUDY_ARMS = ("fast", "zigzag", "zigzag-half", "zcore", "zfast", "zfast-cond")
+STUDY_ARMS = ("fast", "zigzag", "zigzag-half", "zcore", "zfast", "zfast-cond", "z2")
 """What CFG is compared with."""
 
 FIRST_OF = ("zigzag", "zcore", "zfast")
 """The arms that are also run with zigzag steps in the first k steps only."""
 
 NOTES = (
-    "Values are percent with 95 % intervals: BCa bootstrap over whole prompts, stratified by task; "
-    "overall is the unweighted mean of the tasks. Differences are paired image by image on the "
-    "same initial latents: with CFG at the same N (cfg), with CFG at as many steps as the same NFE "
+    f"{VALUES}. {PAIRED}: with CFG at the same N (cfg), with CFG at as many steps as the same NFE "
     "pays for (equal nfe), with CFG at the arm's own effective guidance scale and NFE (matched), "
-    "and with Z-Sampling (zigzag). NFE is counted on the denoiser; p-values are corrected over all "
-    "comparisons with cfg and matched (Holm)."
+    f"and with Z-Sampling (zigzag). {COUNTED}; p-values are corrected over all comparisons with "
+    "cfg and matched (Holm)."
 )
 
 
@@ -67,7 +66,7 @@ class ZigzagConfig:
 
 def bench_zigzag(config: ZigzagConfig) -> None:
     """Compare zigzag steps with CFG, for the quality that an NFE buys, on the Shapes world."""
-    from core2_sampler.benchmarks.cli import check_out, open_study, run_arms
+    from core2_sampler.benchmarks.cli import open_study, run_arms
 
     check_out(config.out)
     model = find_model(config.study.model)
@@ -201,16 +200,11 @@ class _Table:
 
     def verdicts(self) -> str:
         """Say of each arm whether it is better than CFG, as a Markdown list."""
-        from core2_sampler.benchmarks.ga_eval import verdict
-        from core2_sampler.benchmarks.study_table import corrected_differences, score_change
+        from core2_sampler.benchmarks.study_table import method_verdicts
 
         cfg, *methods = self.results
-        changes = [
-            score_change(result, other)
-            for result in methods
-            for other in (cfg, self.done[self.found[result.arm.name].arm(result.arm)])
+        compared = [
+            (own.arm.name, own, cfg, self.done[self.found[own.arm.name].arm(own.arm)])
+            for own in methods
         ]
-        told = iter(corrected_differences(self.study, changes))
-        return "\n".join(
-            f"- {verdict(result.arm.name, next(told), next(told))}" for result in methods
-        )
+        return "\n".join(f"- {line}" for line in method_verdicts(self.study, compared))

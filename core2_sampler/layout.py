@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from core2_sampler.registry import unknown_name
-from core2_sampler.steps import Kind, Plan, Step
+from core2_sampler.steps import Inversion, Kind, Plan, Step
 
-Mode = Literal["cond", "cfg", "core", "zigzag", "zcore", "zfast"]
+Mode = Literal["cond", "cfg", "core", "zigzag", "zcore", "zfast", "z2"]
 
-_ZIG_KINDS: dict[str, Kind] = {"zigzag": "cfg", "zcore": "cfg", "zfast": "fast"}
+_ZIG_KINDS: dict[str, Kind] = {"zigzag": "cfg", "zcore": "cfg", "zfast": "fast", "z2": "cfg"}
 """The modes of zigzag steps, and how each makes a step there and there again."""
 
 OPTION_MODES: dict[str, tuple[str, ...]] = {
@@ -43,8 +43,9 @@ def make_plan(
     Args:
         mode: ``cond``, ``cfg`` or ``core`` (slow steps where asked for, fast ones elsewhere); or
             zigzag steps, which are made, undone and made again: ``zigzag`` (Z-Sampling: all by
-            CFG), ``zcore`` (Z-CoRe^2: undone by a prompt pass and the head) or ``zfast`` (all by
-            prompt passes and the head).
+            CFG), ``zcore`` (Z-CoRe^2: undone by a prompt pass and the head), ``zfast`` (all by
+            prompt passes and the head) or ``z2`` (made once, by CFG; the latest gap stands in for
+            there and back, so the first guided step, which has none, is plain CFG).
         num_steps: number of steps N, at least 1.
         guidance_scale: one scale, or one for each step.
         slow_steps: mode ``core`` only: an int E in 0..N for the first E steps, or the positions
@@ -55,7 +56,8 @@ def make_plan(
             positions in 0..N - 2; None is all but the last.
         inversion_scale: the same modes: guidance scale that undoes a step; None is 0, as in
             Z-Sampling. At 1 that is one pass, cond; at 0 it is one pass as well, uncond, in mode
-            ``zigzag`` and for an in-model head, which is made for scales above 1 only.
+            ``zigzag`` and for an in-model head, which is made for scales above 1 only. In mode
+            ``z2`` it is none.
         upstream: modes ``zigzag`` and ``zcore``: make zigzag steps as the released code does, see
             `core2_sampler.pipelines.zigzag`; ``zcore`` without an `inversion_scale` then undoes
             steps at ``1 + w2s_scale * (guidance_scale - 1)``.
@@ -86,14 +88,13 @@ def make_plan(
     for i, scale in enumerate(step_scales(guidance_scale, num_steps)):
         kind = _kind(mode, i in slow) if scale > 1 else "cond"
         steps.append(Step(kind, scale, w2s_scale if i in slow else 1.0))
-    for i in _zigs(mode, zig_steps, num_steps):
-        if steps[i].kind != "cond":
-            back = inversion_scale
-            if back is None:
-                released = upstream and mode == "zcore"
-                back = 1 + w2s_scale * (steps[i].guidance_scale - 1) if released else 0.0
-            undo = _inversion(mode, back, in_model)
-            steps[i] = replace(steps[i], inversion=undo, inversion_scale=back)
+    for i in _zigs(mode, zig_steps, steps):
+        back = inversion_scale
+        if back is None:
+            released = upstream and mode == "zcore"
+            back = 1 + w2s_scale * (steps[i].guidance_scale - 1) if released else 0.0
+        undo = _inversion(mode, back, in_model)
+        steps[i] = replace(steps[i], inversion=undo, inversion_scale=back)
     return Plan(tuple(steps), in_model, mode if upstream else None)  # type: ignore[arg-type]
 
 
@@ -115,16 +116,22 @@ def _kind(mode: Mode, slow: bool) -> Kind:
     return _ZIG_KINDS.get(mode, mode)  # type: ignore[arg-type]
 
 
-def _zigs(mode: Mode, zig_steps: int | Sequence[int] | None, num_steps: int) -> set[int]:
+def _zigs(mode: Mode, zig_steps: int | Sequence[int] | None, steps: Sequence[Step]) -> list[int]:
     if mode not in _ZIG_KINDS:
-        return set()
-    last = num_steps - 1  # ends without noise, where no network can be asked for the way back
+        return []
+    last = len(steps) - 1  # ends without noise, where no network can be asked for the way back
     chosen = last if zig_steps is None else zig_steps
-    return _positions("zig_steps", chosen, last, "the number of steps but the last")
+    asked = _positions("zig_steps", chosen, last, "the number of steps but the last")
+    guided = [i for i, step in enumerate(steps) if step.kind != "cond"]
+    if mode == "z2":
+        guided = guided[1:]  # there is no gap before the first
+    return [i for i in guided if i in asked]
 
 
-def _inversion(mode: Mode, scale: float, in_model: bool) -> Kind:
-    """Return the prediction that undoes a step, by one pass where one is enough."""
+def _inversion(mode: Mode, scale: float, in_model: bool) -> Inversion:
+    """Return what undoes a step: a prediction, by one pass where one is enough, or the gap."""
+    if mode == "z2":
+        return "gap"
     if scale == 1:
         return "cond"
     if scale == 0 and (mode == "zigzag" or in_model):

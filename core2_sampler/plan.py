@@ -33,7 +33,8 @@ class Core2Config:
         metadata={
             "help": "cond: prompt only; cfg: classifier-free guidance; core: slow steps where "
             "asked for, fast steps elsewhere; zigzag: every step made, undone and made again by "
-            "CFG (Z-Sampling); zcore: undone by the head (Z-CoRe^2); zfast: all of it by the head"
+            "CFG (Z-Sampling); zcore: undone by the head (Z-CoRe^2); zfast: all of it by the head; "
+            "z2: CFG alone, from where the gap of the step before says that there and back ends"
         },
     )
     slow_steps: int | float | tuple[int, ...] | str | None = field(
@@ -64,8 +65,8 @@ class Core2Config:
     zig_steps: int | float | tuple[int, ...] | None = field(
         default=None,
         metadata={
-            "help": "modes zigzag, zcore, zfast: how many of the first steps are undone and made "
-            "again: a count, a share of all but the last (0.25), or a list of positions; by "
+            "help": "modes zigzag, zcore, zfast, z2: how many of the first steps are undone and "
+            "made again: a count, a share of all but the last (0.25), or a list of positions; by "
             "default all but the last"
         },
     )
@@ -188,8 +189,8 @@ class Core2Config:
             return _count(cast("int | float | tuple[int, ...] | None", self.slow_steps), num_steps)
         if errors is None:
             raise ValueError(
-                f"slow_steps={self.slow_steps!r} must be placed by a CoRe2 pipeline, which knows "
-                "the head's card and the noise levels, got neither: give a count or positions"
+                f"slow_steps={self.slow_steps!r} must be placed by a CoRe2 pipeline or attach, "
+                "which know the head's card and the noise levels, got neither: give positions"
             )
         passes = 2 if in_model and self.w2s_scale != 1 else 1  # the head inside needs its own
         placement = Placement.parse(self.slow_steps)

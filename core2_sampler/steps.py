@@ -10,6 +10,9 @@ from core2_sampler.registry import unknown_name
 
 Kind = Literal["cond", "uncond", "cfg", "fast", "slow"]
 
+Inversion = Kind | Literal["gap"]
+"""How a step is undone: by a prediction, or by the latest gap in place of one."""
+
 Leg = tuple[Kind, float]
 """A prediction: which passes make it, at which guidance scale."""
 
@@ -26,21 +29,23 @@ class Step:
         guidance_scale: 1 is cond.
         w2s_scale: slow steps only: ``weak + w2s_scale * (strong - weak)``; 1 is plain CFG.
         inversion: None, or the kind of prediction that undoes the step, which is then made again:
-            a zigzag step, three predictions long.
-        inversion_scale: guidance scale of that prediction; 1 is cond, 0 is uncond.
+            a zigzag step, three predictions long; or ``gap``: a zigzag step of one, for which the
+            latest gap stands in for there and back, see `core2_sampler.z2`.
+        inversion_scale: guidance scale of the way back; 1 is cond, 0 is uncond.
     """
 
     kind: Kind
     guidance_scale: float = 1.0
     w2s_scale: float = 1.0
-    inversion: Kind | None = None
+    inversion: Inversion | None = None
     inversion_scale: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no step can run."""
-        for kind in (self.kind, self.inversion or self.kind):
-            if kind not in _PASSES:
-                raise unknown_name("step kind", kind, _PASSES)
+        if self.kind not in _PASSES:
+            raise unknown_name("step kind", self.kind, _PASSES)
+        if self.inversion not in (None, "gap", *_PASSES):
+            raise unknown_name("inversion", str(self.inversion), (*_PASSES, "gap"))
         for name in ("guidance_scale", "w2s_scale", "inversion_scale"):
             value = getattr(self, name)
             if not math.isfinite(value):
@@ -50,7 +55,7 @@ class Step:
     def legs(self) -> tuple[Leg, ...]:
         """The step's predictions in order: one, or those there, back and there again."""
         there: Leg = (self.kind, self.guidance_scale)
-        if self.inversion is None:
+        if self.inversion is None or self.inversion == "gap":
             return (there,)
         return there, (self.inversion, self.inversion_scale), there
 
@@ -121,9 +126,14 @@ class Plan:
         return tuple(i for i, step in enumerate(self.steps) if step.inversion is not None)
 
     @property
+    def by_gap(self) -> tuple[int, ...]:
+        """Which zigzag steps have the latest gap in place of the way there and back."""
+        return tuple(i for i, step in enumerate(self.steps) if step.inversion == "gap")
+
+    @property
     def undo(self) -> Plan:
-        """The predictions that undo the zigzag steps, as a plan; cond for the other steps."""
-        legs = (s.legs[1] if s.inversion is not None else ("cond", 1.0) for s in self.steps)
+        """The predictions that undo the zigzag steps, as a plan; cond for all other steps."""
+        legs = (s.legs[1] if len(s.legs) > 1 else ("cond", 1.0) for s in self.steps)
         return Plan(tuple(Step(kind, scale) for kind, scale in legs), self.in_model)
 
 
@@ -138,7 +148,7 @@ def check_asking(plan: Plan) -> None:
     """
     if plan.zigs:
         raise ValueError(
-            "a scale rule that sees the latents must have steps of one prediction, got zigzag "
+            "a scale rule that sees the latents must have steps that are made once, got zigzag "
             "steps: use mode 'cfg' or 'core'"
         )
     if not plan.asking:

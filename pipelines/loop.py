@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import is_torch_xla_available
 from torch import Tensor
 
-from core2_sampler.guidance import Prompts, make_predict, noise_levels
+from core2_sampler.guidance import OnPair, Prompts, make_predict, noise_levels
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.pipelines.fused_run import may_fuse, solve_fused
 from core2_sampler.pipelines.run import Interrupted, NonFiniteError, Run
@@ -20,6 +20,7 @@ from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Plan
 from core2_sampler.types import Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.base import WeakHead
+from core2_sampler.z2 import LatestGap, z2_predict
 
 Observer = Callable[[Run, Denoiser, Predict], Predict]
 """``predict = observer(run, denoiser, predict)``: sees all of a run, changes nothing."""
@@ -137,10 +138,29 @@ def run_loop(pipe: Any, run: Run, denoiser: Denoiser) -> Tensor:
 
 def _bind(pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None) -> Predict:
     """Return ``predict`` of a run's steps; pipeline, callbacks and prompts are read in each."""
-    schedule, adjust = run.schedule, run.adjust
+    plan, schedule, latest = run.plan, run.schedule, LatestGap()
+    ask = _asker(pipe, run, denoiser, head, latest.see if run.plan.by_gap else None)
 
     def live_scale(_i: int) -> float:
         return 1.0 if run.cut else getattr(pipe, _scale_name(pipe))
+
+    def zigs(i: int) -> bool:
+        return plan.steps[i].inversion is not None and live_scale(i) > 1
+
+    def push(i: int) -> Tensor | None:
+        return latest.push(live_scale(i), plan.steps[i].inversion_scale) if zigs(i) else None
+
+    forward = ask(plan, schedule.sigmas, scale=live_scale, rule=run.rule)
+    if plan.by_gap:
+        return z2_predict(forward, push, schedule.sigmas)
+    return zigzag_predict(plan, schedule, forward, ask, zigs) if plan.zigs else forward
+
+
+def _asker(
+    pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None, on_pair: OnPair | None
+) -> Callable[..., Predict]:
+    """Return what binds a run's network, head and prompts to a plan and its noise levels."""
+    schedule, adjust = run.schedule, run.adjust
 
     def ask(
         plan: Plan,
@@ -162,18 +182,12 @@ def _bind(pipe: Any, run: Run, denoiser: Denoiser, head: WeakHead | None) -> Pre
             head,
             scale=scale,
             conditioning=prompts,
+            on_pair=on_pair,
             adjust=adjust and (lambda i, *tensors: adjust(i + ahead, *tensors)),
             rule=rule,
         )
 
-    forward = ask(run.plan, schedule.sigmas, scale=live_scale, rule=run.rule)
-    if not run.plan.zigs:
-        return forward
-
-    def zigs(i: int) -> bool:
-        return run.plan.steps[i].inversion is not None and live_scale(i) > 1
-
-    return zigzag_predict(run.plan, schedule, forward, ask, zigs)
+    return ask
 
 
 def _solve(pipe: Any, run: Run, predict: Predict, on_step: OnStep) -> Tensor:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from core2_sampler.guidance import Adjust, Prompts, Stamp, stamp
+from core2_sampler.conditioning import Stamp, stamp
+from core2_sampler.guidance import Adjust, Prompts
 from core2_sampler.pipelines.adapters.base import Schedule
 from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Plan

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from core2_sampler.guidance import Stamp, stamp
+from core2_sampler.conditioning import Stamp, stamp
 from core2_sampler.precision import wide
 from core2_sampler.types import Conditioning, Denoiser
 from core2_sampler.weak_heads.base import WeakHead, network_config, sdxl_pooled_dim

@@ -173,4 +173,5 @@ class Graphs:
 def _graph_key(hot: Hot, move: Move) -> Hashable:
     step = move.step
     inside = hot.head is not None and hot.head.in_model and step.kind in ("fast", "slow")
-    return step.kind, move.picks, step.guidance_scale if inside else None
+    scale = step.guidance_scale if inside else None
+    return step.kind, move.picks, scale, move.keeps, move.push is None

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as tree
 
+from core2_sampler.conditioning import join
 from core2_sampler.fused import reference
 from core2_sampler.fused.modulation import Modulation
 from core2_sampler.fused.moves import Move
 from core2_sampler.fused.online import Online
 from core2_sampler.fused.state import EXTRA, W2S, State, keep
-from core2_sampler.guidance import join
 from core2_sampler.precision import wide
 from core2_sampler.steps import Kind
 from core2_sampler.types import Conditioning, Denoiser, InModelHead, OutputHead
@@ -81,6 +81,7 @@ class Hot:
         modulation: the network's AdaLN tables; None without them.
         scale: guidance scale of the next step, for an in-model head alone: all others take theirs
             from the table.
+        keeps: whether the next step keeps the gap of its pair.
     """
 
     denoiser: Denoiser
@@ -92,6 +93,7 @@ class Hot:
     online: Online | None = None
     modulation: Modulation | None = None
     scale: float = 1.0
+    keeps: bool = False
     _features: Callable[[], Tensor] | None = field(default=None, init=False)
 
     @contextmanager
@@ -138,7 +140,11 @@ class Hot:
 
     def pair(self) -> Tensor:
         """Return [uncond; cond] of one batched pass, [2B, C, H, W]."""
-        return self._pass(self.prompts.both, 0)
+        pair = self._pass(self.prompts.both, 0)
+        if self.keeps:
+            uncond, cond = pair.chunk(2)
+            torch.sub(wide(cond), wide(uncond), out=self.state.gap)
+        return pair
 
     def _pass(self, prompt: Conditioning, first: int) -> Tensor:
         """Return d for the rows of a prompt, the first of which is a pair's row ``first``."""
@@ -210,6 +216,11 @@ def slow_step(hot: Hot) -> None:
     hot.update(hot.state, pair, guess, guess_is_gap=guess_is_gap)
 
 
+def gap_step(hot: Hot) -> None:
+    """No pass: the gap that was kept, as often as the table says."""
+    hot.update(hot.state, hot.state.gap)
+
+
 def online_cfg_step(hot: Hot) -> None:
     """As `cfg_step`, each sample at the scale that the rule picks for it."""
     pair = hot.pair()
@@ -261,6 +272,8 @@ ONLINE: dict[Kind, HotStep] = {
 
 def step_of(move: Move) -> HotStep:
     """Return the hot step that makes a move."""
+    if move.push is not None:
+        return gap_step
     return (ONLINE if move.picks else STEPS)[move.step.kind]
 
 

@@ -1,6 +1,7 @@
 """A plan as hot steps in a row: each is one prediction and the update that it makes.
 
-A zigzag step is three of them: there, back with the noise levels swapped, and there again.
+A zigzag step is three of them: there, back with the noise levels swapped, and there again. One
+that has the latest gap in place of there and back is two: by that gap, and there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Move:
         end: number of the noise level that it leads to.
         picks: whether a scale rule picks the guidance scale of each sample.
         last: whether it ends the plan's step.
+        keeps: whether the gap of its pair is kept for a later move.
+        push: None, or how often it takes the gap that was kept, in place of a prediction.
     """
 
     step: Step
@@ -30,6 +33,8 @@ class Move:
     end: int
     picks: bool = False
     last: bool = True
+    keeps: bool = False
+    push: float | None = None
 
 
 def moves_of(plan: Plan, picks: bool = False) -> tuple[Move, ...]:
@@ -45,7 +50,10 @@ def moves_of(plan: Plan, picks: bool = False) -> tuple[Move, ...]:
 def _moves(plan: Plan, asking: frozenset[int]) -> Iterator[Move]:
     for i, (step, undo) in enumerate(zip(plan.steps, plan.undo.steps, strict=True)):
         there = replace(step, inversion=None)
-        if step.inversion is not None:
+        if step.inversion == "gap":
+            push = step.guidance_scale - step.inversion_scale
+            yield Move(there, i, i, i + 1, last=False, push=push)
+        elif step.inversion is not None:
             yield Move(there, i, i, i + 1, last=False)
             yield Move(undo, i, i + 1, i, last=False)
-        yield Move(there, i, i, i + 1, picks=i in asking)
+        yield Move(there, i, i, i + 1, picks=i in asking, keeps=bool(plan.by_gap))

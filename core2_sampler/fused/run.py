@@ -49,7 +49,7 @@ def make_hot(
         denoiser: the network.
         head: the weak head, if any step asks for it.
         x: latents of the shape and device wanted, [B, C, H, W].
-        num_steps: hot steps of the longest run; a zigzag step is three.
+        num_steps: hot steps of the longest run; a zigzag step is three, or two by the gap.
         cond: the prompt, B rows.
         uncond: the negative prompt, B rows; None if no step asks for it.
         solver: of the runs.
@@ -147,8 +147,8 @@ def _run(
 ) -> None:
     """Run all hot steps; `asked` gets the steps that asked the scale rule."""
     for move in moves_of(plan, picks=hot.online is not None):
-        hot.scale = move.step.guidance_scale
-        if on_level is not None:
+        hot.scale, hot.keeps = move.step.guidance_scale, move.keeps
+        if on_level is not None and move.push is None:
             on_level(move.start)
         launch(hot, move)
         asked += [move.at] * move.picks

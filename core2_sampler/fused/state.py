@@ -41,6 +41,7 @@ class State:
         seen: what the denoiser is given: x in the network's dtype, once [B, C, H, W] or, where
             steps run pairs, twice [2B, C, H, W].
         before: x0 of the step before, float32, as x.
+        gap: that of the latest pair whose gap was to be kept, float32, as x; 0 before the first.
         table: coefficients of each step, float32, [capacity + 1, COLUMNS, B].
         row: those of the next step, ``table[step]``, [1, COLUMNS, B].
         step: the next step, int64, the same number once for each program of the kernel.
@@ -53,6 +54,7 @@ class State:
     x: Tensor
     seen: Tensor
     before: Tensor
+    gap: Tensor
     table: Tensor
     row: Tensor
     step: Tensor
@@ -94,6 +96,7 @@ class State:
             x=zeros(*like.shape),
             seen=zeros((1 + pairs) * batch, *like.shape[1:], dtype=input_dtype),
             before=zeros(*like.shape),
+            gap=zeros(*like.shape),
             table=zeros(capacity(num_steps) + 1, COLUMNS, batch),
             row=zeros(1, COLUMNS, batch),
             step=zeros(programs, dtype=torch.int64),
@@ -112,6 +115,7 @@ class State:
         self.x.copy_(x)
         self.show()
         self.before.zero_()
+        self.gap.zero_()
         self.table[: len(table)].copy_(table)
         self.step.zero_()
         self.row.copy_(self.table[:1])
@@ -137,7 +141,7 @@ class State:
     @property
     def changing(self) -> tuple[Tensor, ...]:
         """All that steps change, but for the scales in the table, which they make anew."""
-        return self.x, self.seen, self.before, self.row, self.step
+        return self.x, self.seen, self.before, self.gap, self.row, self.step
 
 
 def keep(tensors: Iterable[Tensor]) -> Callable[[], None]:
@@ -212,7 +216,9 @@ def _updates(solver: Solver, levels: Tensor, moves: Sequence[Move]) -> Tensor:
     read off the solver itself, on x, x0 and the x0 of the step before as three coordinates.
     """
     if not is_multistep(solver):
-        dt = torch.stack([levels[move.end] - levels[move.start] for move in moves])
+        often = [1.0 if move.push is None else move.push for move in moves]
+        spans = [levels[move.end] - levels[move.start] for move in moves]
+        dt = torch.stack(spans) * torch.tensor(often, dtype=torch.float64)
         return torch.stack([torch.ones_like(dt), dt, torch.zeros_like(dt)], 1)
     x, x0, before = torch.eye(3, dtype=torch.float64)
     rows = []

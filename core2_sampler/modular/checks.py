@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from core2_sampler.attachment.answers import has_own_scales
-from core2_sampler.attachment.checks import check_config
+from core2_sampler.attachment.checks import check_config, is_placed
 from core2_sampler.plan import OPTION_MODES, Core2Config
 
 
 def makes_zigzags(config: Core2Config) -> bool:
-    """Say whether a config's mode is one of zigzag steps."""
-    return config.mode in OPTION_MODES["zig_steps"]
+    """Say whether a config's mode is one of zigzag steps that blocks can make: not ``z2``."""
+    return config.mode in OPTION_MODES["zig_steps"] and config.mode != "z2"
 
 
 def check_guider(config: Core2Config, guidance_scale: float, head: Any) -> None:
@@ -32,6 +32,12 @@ def check_guider(config: Core2Config, guidance_scale: float, head: Any) -> None:
         raise ValueError(
             f"head must be given for mode '{config.mode}', got none: pass head=, or use "
             "core2=Core2Config(mode='cfg')"
+        )
+    if is_placed(config):
+        raise ValueError(
+            "slow_steps must be a count or positions in a guider, which is not told the noise "
+            f"levels ahead of the steps, got {config.slow_steps!r}: use core2_sampler.attach or a "
+            "CoRe2 pipeline"
         )
     if callable(config.scale_rule):
         raise ValueError(

@@ -11,7 +11,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from core2_sampler.guidance import Prompts, stamp
+from core2_sampler.conditioning import stamp
+from core2_sampler.guidance import Prompts
 from core2_sampler.types import Denoiser, OnStep, Predict
 from core2_sampler.weak_heads.compiled import notice_hooks
 

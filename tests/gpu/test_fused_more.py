@@ -52,8 +52,9 @@ def check(world, plan, kinds, rule=None, **options):
     assert not shape.eager
 
 
-def test_zigzag_steps(world):
-    check(world, make_plan("zigzag", N, 4.5), 2)
+@pytest.mark.parametrize("mode", ["zigzag", "z2"])
+def test_zigzag_steps(world, mode):
+    check(world, make_plan(mode, N, 4.5), 2)
 
 
 def test_an_online_scale(world):

@@ -38,7 +38,7 @@ def test_an_arm_makes_the_plan_of_its_settings():
 
 
 def test_zigzag_arms_cost_what_the_formulas_say():
-    """At N = 28: 6N - 4, 5N - 3 and 3N - 2; in a quarter of the 27 steps 3 or 2 more each."""
+    """At N = 28: 6N - 4, 5N - 3, 3N - 2, 2N; in a quarter of the 27 steps 3 or 2 more each."""
     names = [name for name in ARMS.names() if name.startswith("z")]
     arms = build_arms(names, 28, 4.5, {"own": "heads/own"})
     assert {arm.name: arm.plan(in_model=False).nfe for arm in arms} == {
@@ -49,6 +49,7 @@ def test_zigzag_arms_cost_what_the_formulas_say():
         "zfast": 82,
         "zfast-cond": 82,
         "zfast-quarter": 28 + 7 * 2,
+        "z2": 56,
     }
 
 
@@ -101,7 +102,7 @@ def test_last_gap_sees_a_gap_at_any_number_of_steps():
         (lambda: Arm("a", "cfg", 4, 2.0, head="h"), "has a head if and only if"),
         (lambda: Arm("a", "cfg", 4, 2.0, slow_steps=2), "for mode 'core' only"),
         (lambda: Arm("a", "zfast", 4, 2.0), "has a head if and only if"),
-        (lambda: Arm("a", "cfg", 4, 2.0, zig_steps=2), "for modes zigzag, zcore, zfast only"),
+        (lambda: Arm("a", "cfg", 4, 2.0, zig_steps=2), "for modes zigzag, zcore, zfast, z2 only"),
         (lambda: ARMS.register("cfg")(ArmSpec("cfg", "again")), "taken"),
     ],
 )

@@ -238,6 +238,18 @@ def test_zigzag_steps_replay_the_graphs_of_their_kinds(world):
     assert captured.graphs.replays == 3 * N - 2 + 88 + N
 
 
+def test_steps_by_the_gap_replay_two_graphs_and_forget_the_run_before(world):
+    recorder = Recorder()
+    captured = FusedSampler(graphs_of(recorder))
+    lone = Plan((Step("cfg", 3.0, inversion="gap"), *make_plan("cfg", N - 1, 3.0).steps))
+    for plan in (make_plan("z2", N, 3.0), make_plan("z2", N, 5.0, zig_steps=2), lone):
+        ours = sample(captured, world, plan)
+        assert torch.equal(ours, sample(FusedSampler(), world, plan))
+    assert torch.equal(ours, sample(FusedSampler(), world, make_plan("cfg", N, 3.0)))
+    assert recorder.count == 2  # the move by the gap, and the pair that keeps it
+    assert captured.graphs.replays == 2 * N - 2 + N + 1 + N + 1
+
+
 class Near(nn.Module):
     """An evaluator that prefers latents of a size that its weight and the prompt name."""
 

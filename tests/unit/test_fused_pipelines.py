@@ -96,6 +96,7 @@ def test_a_head_that_keeps_state_is_not_compiled(name, compiled):
 CONFIGS = {
     "zigzag": {"mode": "zigzag", "inversion_scale": 0.5},
     "zfast": {"mode": "zfast", "zig_steps": (1, 2)},
+    "z2": {"mode": "z2", "inversion_scale": 0.5},
 }
 
 

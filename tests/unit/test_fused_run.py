@@ -274,7 +274,7 @@ def test_half_networks_keep_wide_latents():
     ("family", "name"),
     [("sd3", n) for n in ("tap", "adapter", "last_gap")] + [("flux", "tap"), ("sdxl", "affine")],
 )
-@pytest.mark.parametrize("what", ["mixed", "zigzag", "online"])
+@pytest.mark.parametrize("what", ["mixed", "zigzag", "z2", "online"])
 def test_a_run_never_reads_from_the_device(family, name, what):
     """On the meta device every ``item``, ``bool``, ``nonzero`` or copy to the host raises."""
     denoiser, x, cond, uncond, sigmas = world(family)
@@ -286,7 +286,8 @@ def test_a_run_never_reads_from_the_device(family, name, what):
         parts["clock"] = Clock(*tables)
     away = type(denoiser)(**parts)
     prompts = [to_meta(side) for side in (cond, uncond)]
-    plan = zigzag_plan(head.in_model) if what == "zigzag" else mixed_plan(head.in_model)
+    plan = make_plan("z2", 6, 3.0) if what == "z2" else mixed_plan(head.in_model)
+    plan = zigzag_plan(head.in_model) if what == "zigzag" else plan
     rule = online(family) if what == "online" else None
     for evaluator in rule.evaluators.values() if rule else ():
         evaluator.to("meta")

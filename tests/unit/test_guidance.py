@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from core2_sampler.guidance import join, make_predict, strong, weak, weak_to_strong
+from core2_sampler.conditioning import join
+from core2_sampler.guidance import make_predict, strong, weak, weak_to_strong
 from core2_sampler.nfe import count_nfe
 from core2_sampler.plan import Plan, Step, make_plan
 from core2_sampler.samplers import sample_euler

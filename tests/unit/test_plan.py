@@ -33,6 +33,8 @@ def kinds(plan):
         ({"mode": "zfast", "inversion_scale": 0.5}, 3 * 8 - 2),
         ({"mode": "zfast", "in_model": True}, 3 * 8 - 2),
         ({"mode": "zfast", "zig_steps": (0, 6)}, 8 + 2 * 2),
+        ({"mode": "z2"}, 2 * 8),
+        ({"mode": "z2", "inversion_scale": 0.5, "zig_steps": (3, 6)}, 2 * 8),
     ],
 )
 def test_nfe(options, nfe):
@@ -53,6 +55,17 @@ def test_zigzag_steps_are_all_but_the_last_or_those_asked_for():
     shares = [Core2Config(mode="zcore", zig_steps=share) for share in (0.0, 0.25, 1.0)]
     assert [len(config.plan(9, 3.0).zigs) for config in shares] == [0, 2, 8]
     assert Core2Config(mode="zcore", zig_steps=[1]).plan(4, 3.0).zigs == (1,)
+
+
+def test_the_first_guided_step_has_no_gap_to_be_undone_by():
+    plan = make_plan("z2", 5, [1.0, 3.0, 3.0, 1.0, 3.0], inversion_scale=0.5)
+    assert plan.zigs == plan.by_gap == (2,)
+    assert plan.steps[2] == Step("cfg", 3.0, inversion="gap", inversion_scale=0.5)
+    assert (plan.needs_head, plan.needs_uncond) == (False, True)
+    assert make_plan("z2", 4, 3.0).zigs == (1, 2)
+    assert make_plan("z2", 4, 3.0, zig_steps=1) == make_plan("cfg", 4, 3.0)
+    assert make_plan("z2", 4, 1.0) == make_plan("cond", 4, 1.0)
+    assert make_plan("zigzag", 4, 3.0).by_gap == ()
 
 
 def test_a_zigzag_step_is_undone_by_one_pass_where_one_is_enough():
@@ -131,9 +144,10 @@ def test_a_scale_of_1_or_less_is_a_cond_step(mode):
         ({"slow_steps": (1, 1)}, "repeat"),
         ({"slow_steps": (0.5,)}, "ints"),
         ({"mode": "cfg", "slow_steps": 2}, "belongs to mode 'core'"),
-        ({"zig_steps": 2}, "belongs to mode 'zigzag' or 'zcore' or 'zfast', got 2"),
+        ({"zig_steps": 2}, "belongs to mode 'zigzag' or 'zcore' or 'zfast' or 'z2', got 2"),
         ({"mode": "cfg", "inversion_scale": 0.0}, "belongs to mode 'zigzag'"),
         ({"mode": "zfast", "upstream": True}, "belongs to mode 'zigzag' or 'zcore'"),
+        ({"mode": "z2", "upstream": True}, "belongs to mode 'zigzag' or 'zcore'"),
         ({"mode": "zigzag", "zig_steps": 4}, r"number of steps but the last \(3\), got 4"),
         ({"mode": "zigzag", "zig_steps": (3,)}, r"0\.\.2"),
         ({"mode": "zigzag", "inversion_scale": math.nan}, "inversion_scale must be a finite"),
@@ -202,6 +216,8 @@ def test_a_rule_that_sees_the_latents_needs_a_step_to_pick_for():
         plan(scale=1.0, mode="cfg")
     with pytest.raises(ValueError, match="got zigzag steps: use mode 'cfg' or 'core'"):
         plan(mode="zigzag")
+    with pytest.raises(ValueError, match="got zigzag steps: use mode 'cfg' or 'core'"):
+        plan(mode="z2")
 
 
 def test_bad_configs_are_refused():

@@ -35,6 +35,7 @@ from core2_sampler.testing import (
 )
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.controls import AffineHead
+from core2_sampler.z2 import LatestGap, z2_predict
 
 N, SCALE, BACK = 6, 3.5, 0.5
 
@@ -70,7 +71,7 @@ def close(ours, truth, tolerance=1e-12):
     torch.testing.assert_close(ours, truth, atol=tolerance * float(truth.abs().max()), rtol=0)
 
 
-def written_out(d, x, sigmas, back, zigs, again=None):
+def written_out(d, x, sigmas, back, zigs):
     """Zigzag steps as three Euler lines; ``d(x, sigma, scale)``."""
     for i, (s, t) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         y = x + (t - s) * d(x, s, SCALE)
@@ -78,6 +79,17 @@ def written_out(d, x, sigmas, back, zigs, again=None):
             start = y - (t - s) * d(y, t, back)
             y = start + (t - s) * d(start, s, SCALE)
         x = y
+    return x
+
+
+def moved_on(d, x, sigmas, back, zigs):
+    """The same where the gap of the step before stands in for there and back."""
+    gap = None
+    for i, (s, t) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        if i in zigs and gap is not None:
+            x = x + (t - s) * (SCALE - back) * gap
+        gap = d(x, s, 1.0, plain=True) - d(x, s, 0.0, plain=True)
+        x = x + (t - s) * d(x, s, SCALE)
     return x
 
 
@@ -170,6 +182,68 @@ def test_without_zigzag_steps_it_is_cfg_bit_for_bit(world):
     assert torch.equal(ours, sample_euler(cfg, x, sigmas))
 
 
+# By the gap of the step before ------------------------------------------------------------------
+
+
+def run_z2(world, plan):
+    denoiser, x, cond, uncond, sigmas = world
+    latest = LatestGap()
+    predict = make_predict(denoiser, sigmas, plan, cond, uncond, on_pair=latest.see)
+
+    def push(i):
+        step = plan.steps[i]
+        if step.inversion is None:
+            return None
+        return latest.push(step.guidance_scale, step.inversion_scale)
+
+    return sample_euler(z2_predict(predict, push, sigmas), x, sigmas)
+
+
+@pytest.mark.parametrize("path", ["flow", "ve"])
+def test_z2_with_the_true_gap_is_an_explicit_zigzag_step_to_second_order(world, path):
+    denoiser, x, errors = GaussianDenoiser(0.5, path), world[1], []
+    cond, uncond = (denoiser.prompt(prompt.pooled) for prompt in world[2:4])
+    level = torch.full((2,), 0.6, dtype=torch.float64)
+    gap = denoiser(x, level, cond) - denoiser(x, level, uncond)
+    low = 1.5  # above 1, so that a plan of CFG makes the way back as well
+    plan, undo = make_plan("cfg", 1, SCALE), make_plan("cfg", 1, low)
+    for dt in (0.1, 0.05, 0.025, 0.0125):
+        sigmas = torch.tensor([0.6, 0.6 - dt], dtype=torch.float64)
+        there = make_predict(denoiser, sigmas, plan, cond, uncond)
+        back = make_predict(denoiser, sigmas[1:], undo, cond, uncond)
+        whole = z2_predict(there, lambda _i: LatestGap(gap).push(SCALE, low), sigmas)
+        explicit = sample_zigzag(there, x, sigmas, undo=back, zigs=(0,))
+        errors.append(float((sample_euler(whole, x, sigmas) - explicit).norm()))
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(abs(order - 2) < 0.2 for order in orders), orders
+
+
+@pytest.mark.parametrize("zigs", [None, (1, 3), (0, 2, 3)])
+@pytest.mark.parametrize("back", [-0.5, 0.0, BACK])
+def test_z2_is_cfg_at_higher_scales(world, back, zigs):
+    """The identity of the module's text; in the last zigzag step and after, no scale is raised."""
+    sigmas = world[4].tolist()
+    dt = [t - s for s, t in zip(sigmas, sigmas[1:], strict=False)]
+    moved = [i for i in (range(N - 1) if zigs is None else zigs) if i > 0]
+    scales = [SCALE] * N
+    for j in moved:
+        scales[j - 1] += (SCALE - back) * dt[j] / dt[j - 1]
+    denoiser, x, cond, uncond, levels = world
+    cfg = make_predict(denoiser, levels, make_plan("cfg", N, scales), cond, uncond)
+    plan = make_plan("z2", N, SCALE, inversion_scale=back, zig_steps=zigs)
+    assert plan.zigs == plan.by_gap == tuple(moved)
+    close(run_z2(world, plan), sample_euler(cfg, x, levels))
+
+
+def test_z2_without_a_difference_of_scales_is_cfg_bit_for_bit(world):
+    denoiser, x, cond, uncond, sigmas = world
+    cfg = sample_euler(
+        make_predict(denoiser, sigmas, make_plan("cfg", N, SCALE), cond, uncond), x, sigmas
+    )
+    assert torch.equal(run_z2(world, make_plan("z2", N, SCALE, inversion_scale=SCALE)), cfg)
+    assert torch.equal(run_z2(world, make_plan("z2", N, SCALE, zig_steps=1)), cfg)
+
+
 # The pipelines -----------------------------------------------------------------------------------
 
 PROMPTS = ["a red circle", "two blue rings"]
@@ -227,7 +301,7 @@ def affine(pipe):
 
 
 @torch.no_grad()
-def bare(pipe, back, zigs, share=0.0):
+def bare(pipe, back, zigs, share=0.0, steps=written_out):
     """Zigzag steps on the family's bare parts, without plan, closure and loop.
 
     A share above 0 is SDXL's guidance rescale for a network that predicts v.
@@ -236,18 +310,18 @@ def bare(pipe, back, zigs, share=0.0):
     schedule = pipe.family.schedule(pipe, STEPS, (8, 8))
     denoiser = pipe.family.denoiser(pipe)
 
-    def d(x, sigma, scale):
+    def d(x, sigma, scale, plain=not share):
         level = torch.full((2,), sigma)
         c, u = denoiser(x, level, cond), denoiser(x, level, uncond)
         guided = u + scale * (c - u)
-        if not share:
+        if plain:
             return guided
         level = level[:, None, None, None]
         v = rescale(*(v_from_eps(each, x, level) for each in (guided, c)), share)
         return eps_from_v(v, x, level)
 
     x = schedule.noise_scale * schedule.unpack(noise(pipe))
-    x = written_out(d, x, schedule.sigmas.tolist(), back, zigs)
+    x = steps(d, x, schedule.sigmas.tolist(), back, zigs)
     return schedule.to_pipeline(x, STEPS)
 
 
@@ -261,11 +335,22 @@ def test_a_run_is_its_steps_written_out_on_bare_parts(pipe, back):
     close(ours, bare(pipe, back, range(STEPS - 1)), 3e-5)
 
 
-def test_guidance_rescale_acts_at_the_noise_level_that_was_asked():
+@pytest.mark.parametrize("zigs", [None, (2, 3)])
+def test_z2_is_its_steps_written_out_on_bare_parts(pipe, zigs):
+    core2 = Core2Config(mode="z2", inversion_scale=BACK, zig_steps=zigs)
+    with count_nfe(pipe.family.denoiser(pipe).module) as counter:
+        ours = sample(pipe, core2=core2)
+    assert counter.per_sample(2) == pipe.core2_plan.nfe == 2 * STEPS
+    close(ours, bare(pipe, BACK, zigs or range(STEPS - 1), steps=moved_on), 3e-5)
+    assert not torch.allclose(ours, sample(pipe, core2=Core2Config(mode="cfg")), atol=1e-3)
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("zigzag", written_out), ("z2", moved_on)])
+def test_guidance_rescale_acts_at_the_noise_level_that_was_asked(mode, steps):
     pipe = tiny_sdxl_pipeline(prediction_type="v_prediction")
-    core2 = Core2Config(mode="zigzag", inversion_scale=2.0)
+    core2 = Core2Config(mode=mode, inversion_scale=2.0)
     ours = sample(pipe, core2=core2, guidance_rescale=0.7)
-    close(ours, bare(pipe, 2.0, range(STEPS - 1), share=0.7), 3e-5)
+    close(ours, bare(pipe, 2.0, range(STEPS - 1), share=0.7, steps=steps), 3e-5)
     assert not torch.allclose(ours, sample(pipe, core2=core2), atol=1e-3)
 
 
@@ -281,6 +366,9 @@ def test_counted_evaluations_are_those_of_the_plan(pipe, mode, nfe):
 def test_without_zigzag_steps_a_run_is_cfg_bit_for_bit(pipe):
     cfg = sample(pipe, core2=Core2Config(mode="cfg"))
     assert torch.equal(sample(pipe, core2=Core2Config(mode="zigzag", zig_steps=0)), cfg)
+    assert torch.equal(sample(pipe, core2=Core2Config(mode="z2", inversion_scale=SCALE)), cfg)
+    cond = sample(pipe, 1.0, core2=Core2Config(mode="z2"))
+    assert torch.equal(cond, sample(pipe, core2=Core2Config(mode="cond")))
     assert not torch.allclose(sample(pipe, core2=Core2Config(mode="zigzag", zig_steps=1)), cfg)
 
 
@@ -295,7 +383,8 @@ def test_an_adapter_makes_the_steps_and_the_negative_prompt_undoes_them():
         sample(pipe, core2=Core2Config(mode="zfast", inversion_scale=0.5))
 
 
-def test_callbacks_see_a_zigzag_step_once_and_may_end_the_run(pipe):
+@pytest.mark.parametrize(("mode", "passes"), [("zigzag", 5), ("z2", 2)])
+def test_callbacks_see_a_zigzag_step_once_and_may_end_the_run(pipe, mode, passes):
     seen = []
 
     def stop(pipe, i, t, tensors):
@@ -304,14 +393,15 @@ def test_callbacks_see_a_zigzag_step_once_and_may_end_the_run(pipe):
         return tensors
 
     with count_nfe(pipe.family.denoiser(pipe).module) as counter:
-        ours = sample(pipe, core2=Core2Config(mode="zigzag"), callback_on_step_end=stop)
+        ours = sample(pipe, core2=Core2Config(mode=mode), callback_on_step_end=stop)
     times = pipe.scheduler.timesteps.tolist()
     assert [step[:2] for step in seen] == [(i, times[i]) for i in range(3)]
     assert torch.equal(ours, seen[-1][2])
-    assert counter.per_sample(2) == 3 * 5
+    assert counter.per_sample(2) == 3 * passes
 
 
-def test_turning_guidance_off_ends_the_zigzag_steps():
+@pytest.mark.parametrize(("mode", "passes"), [("zigzag", 5), ("z2", 2)])
+def test_turning_guidance_off_ends_the_zigzag_steps(mode, passes):
     def cut_off(pipe, i, t, tensors):
         if i == 1:
             pipe._guidance_scale = 0.0
@@ -322,9 +412,9 @@ def test_turning_guidance_off_ends_the_zigzag_steps():
     cut = {"callback_on_step_end": cut_off, "callback_on_step_end_tensor_inputs": names}
     pipe = tiny_sd3_pipeline()
     with count_nfe(pipe.transformer) as counter:
-        ours = sample(pipe, core2=Core2Config(mode="zigzag"), **cut)
-    assert counter.per_sample(2) == 2 * 5 + 3
-    scales = Core2Config(mode="zigzag", guidance_scales=(SCALE, SCALE, 1.0, 1.0, 1.0))
+        ours = sample(pipe, core2=Core2Config(mode=mode), **cut)
+    assert counter.per_sample(2) == 2 * passes + 3
+    scales = Core2Config(mode=mode, guidance_scales=(SCALE, SCALE, 1.0, 1.0, 1.0))
     close(ours, sample(pipe, core2=scales), 1e-5)
 
 
@@ -439,6 +529,11 @@ def test_sd3_upstream_is_the_released_loop(mode):
         (tiny_flux_pipeline, {"upstream": True}, "upstream must be False for FLUX"),
         (tiny_sd3_pipeline, {"mode": "zcore"}, "weak head, got none"),
         (tiny_sd3_pipeline, {"zig_steps": 5}, r"but the last \(4\), got 5"),
+        (
+            lambda: with_scheduler(tiny_sd3_pipeline(), FlowMatchHeunDiscreteScheduler()),
+            {"mode": "z2"},
+            "got FlowMatchHeunDiscreteScheduler: use FlowMatchEulerDiscreteScheduler",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_encoded(make, options, message):
@@ -470,6 +565,7 @@ def test_options_of_zigzag_steps_reach_the_config():
     assert config_of(mode="zfast", zig_steps=0.5, inversion_scale=0.0) == Core2Config(
         mode="zfast", zig_steps=0.5, inversion_scale=0.0
     )
+    assert config_of(mode="z2", zig_steps=3) == Core2Config(mode="z2", zig_steps=3)
     released = config_of(mode="zcore", upstream=True, w2s_scale=2.5)
     assert released == Core2Config(mode="zcore", upstream=True, w2s_scale=2.5)
     assert config_of(mode="quality", slow_steps=0).slow_steps == 0
@@ -481,6 +577,7 @@ def test_options_of_zigzag_steps_reach_the_config():
         {"mode": "cfg", "inversion_scale": 0.0},
         {"mode": "fast", "zig_steps": 2},
         {"mode": "zfast", "upstream": True},
+        {"mode": "z2", "upstream": True},
         {"mode": "zigzag", "slow_steps": 0},
         {"mode": "zcore", "w2s_scale": 2.5},
     ],

@@ -51,6 +51,7 @@ def test_arms_cost_what_their_predictions_cost():
         "zcore": 3 * (2 + 1 + 2) + 2,
         "zfast": 3 * (1 + 1 + 1) + 1,
         "zfast-cond": 3 * (1 + 1 + 1) + 1,
+        "z2": 4 * 2,
         "zigzag-first-1": (2 + 1 + 2) + 6,
         "zcore-first-1": (2 + 1 + 2) + 6,
         "zfast-first-1": (1 + 1 + 1) + 3,
@@ -60,6 +61,7 @@ def test_arms_cost_what_their_predictions_cost():
     assert {arm.name for arm in study_arms(CONFIG, 3.0, {})} == {
         "zigzag",
         "zigzag-half",
+        "z2",
         "zigzag-first-1",
     }
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluators": ("core2_sampler.cli.evaluators", "Train what an online scale listens to."),
     "shapes": ("core2_sampler.cli.shapes", "Render, judge and train the embedded world."),
     "bench": ("core2_sampler.cli.bench", "Measure ways of sampling against each other."),
+    "demo": ("core2_sampler.cli.demo", "Serve a web page that compares CFG with another mode."),
     "info": ("core2_sampler.cli.info", "Show versions, device, attention backends, models."),
 }
 """Each subcommand's module, which has a typer ``app``, and its line in ``core2 --help``."""

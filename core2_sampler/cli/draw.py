@@ -29,6 +29,9 @@ from core2_sampler.scales import CANDIDATES
 
 Advance = Callable[[int], None]
 
+CAPTION = "{mode}: NFE {nfe}, {seconds:.2f} s"
+"""What stands with the images of an arm, made from a record."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -177,9 +180,9 @@ def draw(config: GenerateConfig, job: Job) -> None:
     if config.scale_rule == ONLINE:
         rule = online_scale(config, job.model.family, job.device)
         job = replace(job, core2=replace(job.core2, scale_rule=rule))
-    studio, arms = Studio(pipe, config, job), _arms(config, job)
+    studio, arms = Studio(pipe, config, job), arms_of(config, job)
     config.output.mkdir(parents=True, exist_ok=True)
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if config.compare:
             studio.warm_up(arms)
         rows = _draw_all(studio, arms)
@@ -187,13 +190,13 @@ def draw(config: GenerateConfig, job: Job) -> None:
     sheets[-1].save(config.output / "grid.png")
     summaries = [_summary(rows[arm.mode]) for arm in arms]
     if config.compare:
-        captions = ["{mode}: NFE {nfe}, {seconds:.2f} s".format(**each) for each in summaries]
+        captions = [CAPTION.format(**each) for each in summaries]
         captioned(sheets, captions).save(config.output / "compare.png")
     _report(summaries, config)
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """Report what the pipeline refuses as bad input, and what it fails on as a failure."""
     try:
         with user_input():
@@ -216,7 +219,8 @@ def _draw_all(studio: Studio, arms: Sequence[Arm]) -> dict[str, list[list[Drawn]
     return rows
 
 
-def _arms(config: GenerateConfig, job: Job) -> list[Arm]:
+def arms_of(config: GenerateConfig, job: Job) -> list[Arm]:
+    """Return the ways of drawing that a request asks for, stock CFG first."""
     head = job.head.name if job.head is not None else None
     arms = [Arm(config.mode, job.core2, job.plan, head)]
     if config.compare:

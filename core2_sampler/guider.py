@@ -57,7 +57,7 @@ class CoRe2Guidance(ClassifierFreeGuidance):
             guidance_scale: classifier-free guidance, 1 is none.
             core2: a preset name or a config, as for `attach`; or the config's fields by name. Modes
                 of zigzag steps too, in the blocks of `core2_sampler.core2_blocks`.
-            head: as for `attach`: a weak head, its folder, or ``last_gap`` or ``cond``.
+            head: as for `attach`: a weak head, its folder or hub id, or ``last_gap`` or ``cond``.
             scheduler: the pipeline's, or its config: tells a UNet's noise levels, and whether it
                 predicts noise or v. None is that of Stable Diffusion XL; transformers need none.
             enabled: False is the prompt alone.
@@ -96,6 +96,11 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         )
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether a pass is the prompt's; a ControlNet in guess mode sits out the other one's."""
+        return super().is_conditional and not self._negative_alone
+
+    @property
     def core2_plan(self) -> Plan | None:
         """The plan of the latest run; None before the first."""
         return self._plan
@@ -132,11 +137,12 @@ class CoRe2Guidance(ClassifierFreeGuidance):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_head_is_saved(self) -> None:
-        """Raise ValueError if the head was given as itself and is in no folder to load it from."""
+        """Raise ValueError if the head was given as itself and there is nowhere to load it from."""
         if self.config.head is None and self._given_head is not None:
             raise ValueError(
-                "head must be in a folder for a guider to be saved, got one that was not loaded "
-                "from any: save it with head.save_pretrained(folder), and pass head=folder"
+                "head must be in a folder, or on the hub, for a guider to be saved, got one that "
+                "was loaded from nowhere: save it with head.save_pretrained(folder), and pass "
+                "head=folder"
             )
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
@@ -250,11 +256,12 @@ class CoRe2Guidance(ClassifierFreeGuidance):
             return
         known = self._meet(denoiser)
         network = known.network
-        answer = self._answers.prompt if self.is_conditional else self._answers.negative
+        is_first = self._count_prepared == 1
+        answer = self._answers.prompt if is_first else self._answers.negative
 
         def answer_pass(forward: Forward, call: Call) -> Any:
             try:
-                if self.is_conditional:
+                if is_first:
                     self._enter(known, call)
                 return answer(network, forward, call)
             except BaseException:

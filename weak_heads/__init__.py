@@ -6,9 +6,11 @@ if __name__ == "weak_heads":  # pragma: no cover
     raise ImportError("import core2_sampler.weak_heads, not the folder by its bare name")
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core2_sampler.json_files import find_file
 from core2_sampler.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,29 +32,53 @@ HEADS: Registry[type[WeakHead]] = Registry(
 """Every weak head by name, imported on first use."""
 
 
-def load_head(path: str | Path, family: str | None = None) -> WeakHead:
-    """Load a weak head of any registered class from a folder that ``save_pretrained`` wrote.
+def load_head(
+    source: str | Path,
+    family: str | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> WeakHead:
+    """Load a weak head of any registered class, as ``save_pretrained`` wrote it.
 
     Args:
-        path: folder with ``config.json`` and the weights.
+        source: folder with ``config.json`` and the weights, or else a hub id ``owner/name``; a
+            ``Path`` is a folder.
         family: family of the denoiser it is wanted for; None accepts every family.
+        subfolder: of the folder or repository, in which the head lies.
+        revision: of the repository: a branch, tag or commit; None is the main branch.
 
     Returns:
-        The head, in eval mode.
+        The head, in eval mode. From a `subfolder` or `revision` of the hub it goes by its folder in
+        the local cache, because the id would mean another one.
 
     Raises:
-        ValueError: if the folder or its config is missing, the class is unknown or the head was
-            made for another family.
+        ValueError: if there is neither folder nor repository, the config is missing, the class is
+            unknown or the head was made for another family.
+        OSError: if there are no weights in safetensors.
     """
-    folder = Path(path)
-    config_file = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"a weak head must be a folder, got {folder}, which is not there")
-    if not config_file.is_file():
-        raise ValueError(
-            f"a weak head's folder must hold config.json, got {folder} without one: give the "
-            "folder that save_pretrained wrote"
-        )
+    inside = f"{subfolder}/" if subfolder else ""
+    config_file = _find(source, f"{inside}config.json", revision)
+    head_class = _class_of(config_file)
+    if Path(source).is_dir():
+        head = head_class.from_pretrained(config_file.parent)
+    else:
+        head = head_class.from_pretrained(source, subfolder=subfolder, revision=revision)
+        if subfolder or revision:
+            with suppress(ValueError):  # not every head has a card
+                _find(source, f"{inside}card.json", revision)
+            head.register_to_config(_name_or_path=str(config_file.parent))
+    if family is not None:
+        head.check_family(family)
+    return head
+
+
+def _find(source: str | Path, path: str, revision: str | None) -> Path:
+    return find_file(str(source), source, path, kind="weak head", revision=revision)
+
+
+def _class_of(config_file: Path) -> type[WeakHead]:
+    """Return the class that a head's config names."""
     try:
         name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
@@ -63,7 +89,4 @@ def load_head(path: str | Path, family: str | None = None) -> WeakHead:
             f"{config_file} must name a weak head class in _class_name, got {name!r}: known are "
             f"{', '.join(sorted(classes))}"
         )
-    head = classes[name].from_pretrained(folder)
-    if family is not None:
-        head.check_family(family)
-    return head
+    return classes[name]

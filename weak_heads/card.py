@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.gap_error import NoiseBins
+from core2_sampler.json_files import find_file
 from core2_sampler.reflect import Report
-from core2_sampler.trajectory import write_atomic
 from core2_sampler.weak_heads.base import WeakHead
 
 
@@ -67,34 +68,37 @@ def make_card(head: WeakHead, report: Report) -> dict[str, Any]:
 
 
 def read_card(head: WeakHead) -> dict[str, Any]:
-    """Return the card that lies beside a head's weights.
+    """Return the card that lies beside a head's weights, in a folder or on the hub.
 
     Raises:
-        ValueError: if the head was not loaded from a folder with one.
+        ValueError: if the head was not loaded from where one is.
     """
-    folder = head.config.get("_name_or_path")
-    path = Path(folder or "nowhere") / "card.json"
-    if not path.is_file():
-        raise ValueError(
-            f"a head must lie in a folder with card.json for its errors to be known, got "
-            f"{folder or 'an untrained one'}: `core2 reflect` writes it"
-        )
+    place = head.config.get("_name_or_path")
+    wanted = "a head must lie in a folder with card.json for its errors to be known, got"
+    if place is None:
+        raise ValueError(f"{wanted} an untrained one: `core2 reflect` writes it")
+    try:
+        path = find_file(place, place, "card.json", kind="weak head")
+    except ValueError as error:
+        raise ValueError(f"{wanted} {place}: `core2 reflect` writes it") from error
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def step_errors(head: WeakHead | None, sigmas: Tensor, scales: Sequence[float]) -> list[float]:
+def step_errors(
+    head: WeakHead | None, sigmas: Tensor, scales: Sequence[float], *, noise: bool = False
+) -> list[float]:
     """Return how far off each step's guided prediction is if the head makes it.
 
     Args:
-        head: a trained head, loaded from its folder.
+        head: a trained head, loaded from its folder or the hub.
         sigmas: noise levels, [N] or more.
         scales: guidance scale of each step, [N].
+        noise: whether the network predicts noise, as SDXL's ``d`` is in any case.
 
     Returns:
         ``(scale - 1) * sqrt(relative error * mean square of the gap)``, [N], in the unit of a
-        velocity: SDXL's ``d`` is noise, and an error of it counts ``sqrt(1 + sigma^2)`` times. 0
-        where there is no guidance. Noise levels and scales beyond those of the card have the error
-        of the nearest.
+        velocity: an error of noise counts ``sqrt(1 + sigma^2)`` times. 0 where there is no
+        guidance. Noise levels and scales beyond those of the card have the error of the nearest.
 
     Raises:
         ValueError: if there is no head, no card, or a card without what is needed.
@@ -115,7 +119,7 @@ def step_errors(head: WeakHead | None, sigmas: Tensor, scales: Sequence[float]) 
     relative = _relative_errors(by_scale, of_step, scales)
     strength = np.maximum(np.asarray(scales) - 1, 0)
     levels = sigmas[: len(scales)].double().cpu().numpy()
-    unit = np.sqrt(1 + levels**2) if head.config.family == "sdxl" else 1.0
+    unit = np.sqrt(1 + levels**2) if noise or head.config.family == "sdxl" else 1.0
     return (strength * unit * np.sqrt(relative * power[of_step])).tolist()
 
 

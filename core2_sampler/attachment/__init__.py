@@ -18,7 +18,9 @@ from core2_sampler.attachment.checks import (
     NEGATIVES,
     check_config,
     check_head,
+    check_placement,
     check_rule,
+    check_two_networks,
     find_head,
     scale_argument,
 )
@@ -91,10 +93,11 @@ def attach(
 
     Args:
         pipe: the pipeline; this instance alone changes.
-        head: a weak head, the folder of one, or the name of one that needs no training
+        head: a weak head, the folder or hub id of one, or the name of one that needs no training
             (``last_gap``, ``cond``). Outside SDXL, SD3 and FLUX its family is the name of the
             network's class, and it gets what that network is given.
-        core2: ``fast``, ``balanced``, ``quality``, or a `Core2Config`.
+        core2: ``fast``, ``balanced``, ``quality``, or a `Core2Config`. Where it leaves the slow
+            steps to the head's card, they are placed in each call, on the noise levels of its loop.
         watch: called in each step that runs both prompts.
 
     Returns:
@@ -103,8 +106,9 @@ def attach(
 
     Raises:
         ValueError: the pipeline is ours, attached already, has no classifier-free guidance or a
-            network that is not known; the head is missing or of another model; FasterCache is on;
-            or the config asks for what cannot be done from inside a network.
+            network that is not known; the head is missing, of another model or without the card
+            that the config asks; FasterCache is on; or the config asks for what cannot be done
+            from inside a network.
         TypeError: `core2` or `head` is of another type.
     """
     if isinstance(pipe, CoRe2Mixin):
@@ -122,20 +126,12 @@ def attach(
     config = resolve_config(core2)
     check_config(config, networks[0].family)
     check_rule(config, networks[0])
-    if has_own_scales(config) and len(networks) > 1:
-        raise ValueError(
-            "guidance_scales and scale_rule must be left out for a pipeline of two networks, which "
-            f"have a scale each, got {config}"
-        )
     for network in networks:
         check_no_faster_cache(network.module)
     found = find_head(head, networks[0])
     check_head(found, config, networks[0])
-    if found is not None and found.in_model and len(networks) > 1:
-        raise ValueError(
-            "a head inside the denoiser must have one denoiser to be in, got two networks and "
-            f"{type(found).__name__}: use a head on outputs"
-        )
+    check_two_networks(found, config, networks)
+    check_placement(found, config)
     pipe._core2_attachment = _Attachment(found, config, scale_name, watch)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]  # a class is hashable
     return pipe

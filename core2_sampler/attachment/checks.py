@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from core2_sampler.attachment.answers import has_own_scales
 from core2_sampler.attachment.networks import Network
 from core2_sampler.plan import Core2Config
 from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.base import WeakHead
+from core2_sampler.weak_heads.card import step_errors
 
 NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
 """Arguments of a call, one of which a pipeline with guidance has."""
@@ -69,6 +74,40 @@ def check_rule(config: Core2Config, network: Network) -> None:
         )
 
 
+def is_placed(config: Core2Config) -> bool:
+    """Say whether a config leaves it to the head's card which steps are slow."""
+    return config.mode == "core" and isinstance(config.slow_steps, str)
+
+
+def check_placement(head: WeakHead | None, config: Core2Config) -> None:
+    """Raise ValueError where a head's card cannot place the slow steps, before any run asks it."""
+    if is_placed(config):
+        step_errors(head, torch.ones(1), [1.0])
+
+
+def check_two_networks(
+    head: WeakHead | None, config: Core2Config, networks: Sequence[Network]
+) -> None:
+    """Raise ValueError for what a pipeline must have one network for, if it has two."""
+    if len(networks) < 2:
+        return
+    if has_own_scales(config):
+        raise ValueError(
+            "guidance_scales and scale_rule must be left out for a pipeline of two networks, which "
+            f"have a scale each, got {config}"
+        )
+    if is_placed(config):
+        raise ValueError(
+            "slow_steps must be a count or positions for a pipeline of two networks, whose scales "
+            f"the head's errors would be weighed by, got {config.slow_steps!r}"
+        )
+    if head is not None and head.in_model:
+        raise ValueError(
+            "a head inside the denoiser must have one denoiser to be in, got two networks and "
+            f"{type(head).__name__}: use a head on outputs"
+        )
+
+
 def scale_argument(pipe: Any) -> str:
     """Return the argument of a pipeline's call that is the scale of classifier-free guidance.
 
@@ -86,16 +125,16 @@ def scale_argument(pipe: Any) -> str:
 
 
 def find_head(head: WeakHead | str | Path | None, network: Network) -> WeakHead | None:
-    """Return a head that is given as itself, by its folder or by name.
+    """Return a head that is given as itself, by its folder or hub id, or by name.
 
     Raises:
-        ValueError: the folder holds none for this network, or the name is not of `UNTRAINED`.
+        ValueError: there is none for this network, or the name is not of `UNTRAINED`.
         TypeError: it is given as something else.
     """
     if head is None or isinstance(head, WeakHead):
         return head
     if not isinstance(head, str | Path):
-        raise TypeError(f"head must be a weak head, its folder or a name, got {head!r}")
+        raise TypeError(f"head must be a weak head, its folder, hub id or a name, got {head!r}")
     if head in UNTRAINED:
         return HEADS.get(str(head)).for_denoiser(network)  # type: ignore[arg-type]
     if head in HEADS.names():

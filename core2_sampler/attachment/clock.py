@@ -43,6 +43,11 @@ def noise_levels(scheduler: Any) -> Tensor:
     return scheduler.sigmas.double().cpu()[: len(scheduler.timesteps)]
 
 
+def predicts_noise(scheduler: Any) -> bool:
+    """Say whether the network that a scheduler was made for predicts noise, not a velocity."""
+    return scheduler.config.get("prediction_type") == "epsilon"
+
+
 def final_level(scheduler: Any) -> float:
     """Return the noise level after a scheduler's last step."""
     signal = getattr(scheduler, "final_alpha_cumprod", None)  # of those that DDIM's kin make

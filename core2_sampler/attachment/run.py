@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,13 @@ from diffusers.hooks.faster_cache import FasterCacheDenoiserHook
 from torch import nn
 
 from core2_sampler.attachment.answers import Answers, Forward, Watch, has_own_scales
-from core2_sampler.attachment.clock import after_each_step, final_level, first_step, noise_levels
+from core2_sampler.attachment.clock import (
+    after_each_step,
+    final_level,
+    first_step,
+    noise_levels,
+    predicts_noise,
+)
 from core2_sampler.attachment.layouts import Call
 from core2_sampler.attachment.networks import Network
 from core2_sampler.pipelines.adapters.flux import check_cache
@@ -23,6 +30,7 @@ from core2_sampler.pipelines.calls import count_images
 from core2_sampler.pipelines.loop import check_head
 from core2_sampler.plan import Core2Config, Plan
 from core2_sampler.weak_heads.base import WeakHead
+from core2_sampler.weak_heads.card import step_errors
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +166,9 @@ class Run:
         steps = steps or len(levels) - 1 - start
         self._answers.levels = levels = levels[start : start + steps + 1]
         in_model = head is not None and head.in_model
-        plan = self.config.plan(steps, self._scale(network), in_model)
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        errors = partial(step_errors, head, sigmas, noise=predicts_noise(scheduler))
+        plan = self.config.plan(steps, self._scale(network), in_model, errors)
         check_head(head, plan, network)  # type: ignore[arg-type]  # reads what a Network has
         for each in self.networks:
             self._check_plan(plan, each.module)

@@ -17,7 +17,8 @@ from core2_sampler.cli.options import add_command
 from core2_sampler.cli.stock import CALL_HELP, PIPELINE_HELP, StockModel, read_call
 from core2_sampler.collect import CollectConfig
 from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
+from core2_sampler.fitting import HeadFiles, find_head
+from core2_sampler.model_files import ModelFiles, find_model
 
 Fill = Callable[..., int]
 """What fills a store, model and driver bound: `core2_sampler.collect.collect` or its like."""
@@ -54,7 +55,7 @@ class CollectOptions:
         help="FLUX: the gap between the embedded guidance 3.5 and this one, in place of that "
         "between the prompt and the negative prompt.",
     )
-    head: str | None = option(None, help="Head that drives an on-policy round: its folder.")
+    head: str | None = option(None, help="Head that drives an on-policy round: folder or hub id.")
     device: str = option("auto", help=DEVICE_HELP)
     dtype: Dtype = option("auto", help=DTYPE_HELP)
 

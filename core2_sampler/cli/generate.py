@@ -15,13 +15,14 @@ from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODE
 from core2_sampler.cli.options import add_command
 from core2_sampler.cli.scale_rule import RULE_HELP, check_rule
 from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import HeadFiles, ModelFiles, find_head, find_model
+from core2_sampler.fitting import HeadFiles, find_head
+from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.plan import OPTION_MODES, PRESETS, Core2Config, Plan
 from core2_sampler.scale_rules import ONLINE
 from core2_sampler.steps import check_asking
 
 GenerateMode = Literal[
-    "fast", "balanced", "quality", "core", "zigzag", "zcore", "zfast", "cfg", "cond"
+    "fast", "balanced", "quality", "core", "zigzag", "zcore", "zfast", "z2", "cfg", "cond"
 ]
 _CORE2_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Core2Config)}
 _ANY_SCALE = 2.0
@@ -40,7 +41,8 @@ class GenerateConfig:
         help="fast: one pass a step; balanced: CFG in the first quarter; quality: all slow; "
         "core: as --slow-steps says; zigzag: each step made, undone and made again by cfg "
         "(Z-Sampling); zcore: undone by the head; zfast: all of that by the head; "
-        "cfg: plain guidance; cond: no guidance.",
+        "z2: undone by the gap of the step before, at cfg's passes; cfg: plain guidance; "
+        "cond: no guidance.",
     )
     guidance_scale: float | None = option(
         None, help="Strength of guidance; by default what the model's head was made for.", min=1
@@ -68,7 +70,7 @@ class GenerateConfig:
     upstream: bool = option(False, help=_CORE2_HELP["upstream"] + ".")
     num_images: int = option(1, help="Images for each prompt.", short="-n", min=1)
     batch_size: int = option(8, help="Images drawn at once; changes no image.", min=1)
-    seed: int = option(0, help="Seed of the first image; the next has seed + 1.", min=0)
+    seed: int = option(0, help="Seed of the first image; the next has seed + 1.", min=0, max=2**62)
     output: Path = option(
         Path("out"),
         help="Folder for the images; same prompt, seed and mode: same name.",
@@ -79,7 +81,7 @@ class GenerateConfig:
     width: int | None = option(None, help="Width in px; by default the model's.", min=1)
     max_sequence_length: int | None = option(None, help=LENGTH_HELP, min=1, max=512)
     head: str | None = option(
-        None, help="A weak head's folder or a control's name; by default the model's own."
+        None, help="A weak head's folder, hub id or control's name; by default the model's own."
     )
     compare: bool = option(False, help="Draw stock CFG beside it, on the same latents.")
     device: str = option("auto", help=DEVICE_HELP)

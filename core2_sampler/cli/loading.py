@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from core2_sampler.config import ConfigError, user_input
-from core2_sampler.model_files import EMBEDDED, HeadFiles, ModelFiles
+from core2_sampler.fitting import HeadFiles
+from core2_sampler.model_files import EMBEDDED, ModelFiles
 
 if TYPE_CHECKING:
     from core2_sampler.weak_heads.base import WeakHead
@@ -26,14 +27,11 @@ def load_model(model: ModelFiles, device: str, dtype: Dtype = "auto") -> Any:
         device: from ``pick_device``.
         dtype: of the weights.
     """
-    import diffusers
-    import transformers
-
     from core2_sampler.pipelines.auto import load_pipeline
     from core2_sampler.precision import DTYPES, pick_dtype
+    from core2_sampler.progress import hide_loading
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading()
     pipe = load_pipeline(model.source, dtype=DTYPES[pick_dtype(dtype, device)])
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -56,7 +54,7 @@ def load_weak_head(files: HeadFiles, pipe: Any) -> WeakHead:
         elif files.folder is None:
             head = HEADS.get(files.name).for_denoiser(denoiser)
         else:
-            head = load_head(files.folder)
+            head = load_head(files.hub_id or files.folder)
         head = head.to(denoiser.module.device)
         if files.in_model:
             with head.attached(denoiser.module):

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from core2_sampler import attach, attached, detach
 from core2_sampler.attachment.networks import LAYOUTS, find_networks
 from core2_sampler.plan import Core2Config
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.base import WeakHead
 
 CFG = Core2Config(mode="cfg")

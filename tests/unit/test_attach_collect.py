@@ -23,7 +23,7 @@ from core2_sampler.collect import CollectConfig, Job, collect, make_units
 from core2_sampler.config import ConfigError, load_config
 from core2_sampler.nfe import count_nfe
 from core2_sampler.reflect import ReflectConfig, reflect
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.trajectory import TrajectoryStore
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.adapter import AdapterHead

@@ -23,7 +23,7 @@ from diffusers.configuration_utils import register_to_config
 from core2_sampler import attach, attached, detach, testing
 from core2_sampler.attachment.networks import Call, find_networks
 from core2_sampler.plan import Core2Config
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
 from core2_sampler.weak_heads.controls import AffineHead, CondHead, LastGapHead
@@ -517,10 +517,11 @@ def test_what_cannot_be_attached_is_refused_and_changes_nothing():
         ({"core2": "fast", "head": "/nowhere"}, "not there"),
         ({"core2": Core2Config(mode="zigzag")}, "CoRe2StableDiffusionXLPipeline"),
         ({"core2": Core2Config(mode="zfast"), "head": "cond"}, "Z-Sampling"),
+        ({"core2": Core2Config(mode="z2")}, "got mode='z2'"),
     ):
         with pytest.raises(ValueError, match=error):
             attach(sdxl, **options)
-    with pytest.raises(TypeError, match="folder or a name"):
+    with pytest.raises(TypeError, match="its folder, hub id or a name"):
         attach(sdxl, core2="fast", head=3)
     with pytest.raises(TypeError, match="preset name"):
         attach(sdxl, core2=3, head="cond")

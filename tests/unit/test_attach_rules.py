@@ -10,7 +10,7 @@ from core2_sampler import attach, attached, testing
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.plan import Core2Config
 from core2_sampler.scales import CallableScale, OnlineScale
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.controls import AffineHead
 

@@ -103,7 +103,7 @@ GENERATE = [
     (["--model", "{0}/video"], "WanPipeline"),
     (["--model", "{0}/file"], "{0}/file"),
     ([], "needs a weak head"),
-    (["--head", "{0}/nowhere"], "head must be a folder that exists or one of cond, last_gap"),
+    (["--head", "{0}/nowhere"], "head must be a folder that exists, a hub id owner/name or one"),
     (["--head", "{0}/empty"], "is not a weak head: it has no config.json"),
     (["--head", "{0}/no-head"], "is not a weak head: its class must be one of"),
     (["--head", "{0}/sdxl-head"], "head must have the family 'sd3'"),

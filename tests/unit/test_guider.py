@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -20,7 +22,7 @@ from core2_sampler import attached, testing
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.guider import CoRe2Guidance
 from core2_sampler.plan import Core2Config
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
 from core2_sampler.weak_heads.controls import AffineHead, CondHead
@@ -403,3 +405,18 @@ def test_heads_and_networks_that_do_not_fit_are_refused():
     guider.set_state(0, 3, torch.tensor(1.0))
     with pytest.raises(ValueError, match="denoiser must be one of"):
         guider.prepare_models(torch.nn.Linear(1, 1))
+
+
+def test_slow_steps_by_the_heads_card_are_refused_at_once():
+    with pytest.raises(ValueError, match="not told the noise levels .* 'budget:40': use core2_"):
+        CoRe2Guidance(SCALE, Core2Config(slow_steps="budget:40"), "cond")
+
+
+@pytest.mark.checkout
+def test_the_page_has_a_row_for_each_pipeline():
+    """The rows with zigzag steps are those of test_modular_tasks.py."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "modular.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (.+), text \| yes \| (yes|–) \|$", page, re.MULTILINE))
+    names = {"sdxl": "SDXL", "sd3": "SD3", "qwen": "Qwen-Image", "wan": "Wan 2.1"}
+    tried = [names.get(each, each.title()) for each in EACH]  # and test_two_guiders
+    assert {*tried, "Wan 2.2", "FLUX.1"} == set(rows)

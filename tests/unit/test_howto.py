@@ -18,7 +18,7 @@ from PIL import Image
 
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.cli import main
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads import HEADS
 from core2_sampler.weak_heads.tap import TapHead
 

@@ -357,6 +357,7 @@ def test_zigzag_steps_in_stock_blocks_or_without_euler_steps_are_refused():
     [
         (lambda: core2_blocks("sdlx"), "did you mean 'sdxl'"),
         (lambda: CoRe2Guidance(SCALE, Core2Config(mode="zcore")), "for mode 'zcore', got none"),
+        (lambda: CoRe2Guidance(SCALE, Core2Config(mode="z2")), "guidance alone, got mode='z2'"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(make, error):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from core2_sampler.trajectory import write_atomic
+from core2_sampler.atomic import write_atomic
 
 _NOT_CONFIG = {
     "_name_or_path",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.fetch import fetch
 from core2_sampler.benchmarks.geneval.calibrate import Agreement, Labels, calibrate
@@ -19,7 +20,6 @@ from core2_sampler.benchmarks.geneval.layout import Sample, place_of
 from core2_sampler.benchmarks.judges import geneval_prompt
 from core2_sampler.benchmarks.report_render import Table
 from core2_sampler.benchmarks.suites import SuitePrompt
-from core2_sampler.trajectory import write_atomic
 
 
 def calibrate_judge(

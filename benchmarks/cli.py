@@ -17,12 +17,14 @@ from core2_sampler.benchmarks.dynamic_cfg import DynamicCfgConfig, bench_dynamic
 from core2_sampler.benchmarks.head_study import HeadsConfig, bench_heads
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
 from core2_sampler.benchmarks.merge import MergeConfig, bench_merge
+from core2_sampler.benchmarks.notes import NOTES
 from core2_sampler.benchmarks.options import (
     BenchConfig,
     KneeConfig,
     ShapesConfig,
     StudyConfig,
     SweepConfig,
+    check_out,
     command_line,
 )
 from core2_sampler.benchmarks.speed import SpeedConfig, bench_speed
@@ -35,12 +37,6 @@ if TYPE_CHECKING:
     from core2_sampler.benchmarks.study import ArmResult, Study
 
 KNEE_LOSS = 0.01  # one point of overall
-NOTES = (
-    "Values are percent with 95 % intervals: BCa bootstrap over whole prompts, stratified by task; "
-    "overall is the unweighted mean of the tasks. Differences are paired image by image on the "
-    "same initial latents; distances are |x - y| / |y| of the final latents. NFE is counted on the "
-    "denoiser."
-)
 
 
 def bench_shapes(config: ShapesConfig) -> None:
@@ -126,12 +122,6 @@ def find_knee(rows: Sequence[Row]) -> int | None:
     return min((n for n, loss in losses.items() if loss < KNEE_LOSS), default=None)
 
 
-def check_out(path: Path) -> None:
-    """Raise ConfigError unless ``path`` can name a table."""
-    if path.suffix != ".md" or path.is_dir():
-        raise ConfigError(f"out must be a file that ends in .md, got {path}")
-
-
 def with_affine(heads: dict[str, str], config: ShapesConfig) -> dict[str, str]:
     """Return the heads with the affine control among them, where it is to be fitted.
 
@@ -164,9 +154,9 @@ def open_study(config: StudyConfig, model: ModelFiles) -> Study:
         raise ConfigError(str(error)) from error
     import torch
 
-    from core2_sampler.benchmarks.progress import hide_loading
     from core2_sampler.benchmarks.study import Study
     from core2_sampler.pipelines.auto import load_pipeline
+    from core2_sampler.progress import hide_loading
     from core2_sampler.shapes.judge import judge
 
     if config.threads is not None:
@@ -194,15 +184,15 @@ def run_arms(study: Study, arms: Sequence[Arm]) -> list[ArmResult]:
         ConfigError: if an arm's head does not fit the model.
     """
     from core2_sampler.benchmarks.generate import judge_arm
-    from core2_sampler.benchmarks.progress import progress_bars
     from core2_sampler.benchmarks.runner import check_arm
+    from core2_sampler.progress import rich_progress
 
     try:
         for arm in arms:
             check_arm(study, arm)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with progress_bars() as progress:
+    with rich_progress() as progress:
 
         def run(arm: Arm) -> ArmResult:
             about = f"{arm.name}, {arm.steps} steps, scale {arm.guidance_scale:g}"

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core2_sampler.benchmarks.arms import ARMS, Arm, build_arms
-from core2_sampler.benchmarks.options import StudyConfig, command_line
+from core2_sampler.benchmarks.notes import COUNTED, PAIRED, VALUES
+from core2_sampler.benchmarks.options import StudyConfig, check_out, command_line
 from core2_sampler.config import ConfigError, option
-from core2_sampler.model_files import ModelFiles, find_fitting_evaluator, find_model
+from core2_sampler.fitting import find_fitting_evaluator
+from core2_sampler.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
     from core2_sampler.benchmarks.dynamic_runs import Runs
@@ -29,13 +31,11 @@ TAKEN = ("fixed", "adaptive", "mean", "shuffled")
 """What follows ``online-`` in arms of this study; no evaluator may be called so."""
 
 NOTES = (
-    "Values are percent with 95 % intervals: BCa bootstrap over whole prompts, stratified by task; "
-    "overall is the unweighted mean of the tasks, clip score the cosine of the Shapes CLIP. "
-    "Differences are paired image by image on the same initial latents, with the constant scale "
+    f"{VALUES}, clip score the cosine of the Shapes CLIP. {PAIRED}, with the constant scale "
     "that did best on these very images, which favours it. The effective scale of CFG is the mean "
     "of its scales over steps and images, cond counting 1. The Frechet distance, to renders of the "
     "same prompts in the Shapes CLIP's features, has no interval: resampled images are further "
-    "from any reference than the images themselves. NFE is counted on the denoiser."
+    f"from any reference than the images themselves. {COUNTED}."
 )
 
 
@@ -68,7 +68,7 @@ class DynamicCfgConfig:
 
 def bench_dynamic_cfg(config: DynamicCfgConfig) -> None:
     """Compare guidance scales picked while sampling with constant and other known ones."""
-    from core2_sampler.benchmarks.cli import check_out, open_study
+    from core2_sampler.benchmarks.cli import open_study
 
     check_out(config.out)
     if find_spec("matplotlib") is None:
@@ -76,9 +76,9 @@ def bench_dynamic_cfg(config: DynamicCfgConfig) -> None:
     model = find_model(config.study.model)
     folders = evaluator_folders(config, model)
     study = open_study(config.study, model)
+    from core2_sampler.atomic import write_atomic
     from core2_sampler.benchmarks.dynamic_runs import pattern_plot, run_study
     from core2_sampler.benchmarks.study_table import write_study
-    from core2_sampler.trajectory import write_atomic
 
     runs = run_study(study, config, _load(folders, str(study.pipe.device)))
     plot = config.out.with_suffix(".png")

@@ -23,7 +23,6 @@ from core2_sampler.benchmarks.dynamic_cfg import (
     static_arms,
 )
 from core2_sampler.benchmarks.frechet import frechet_distance, image_features, real_features
-from core2_sampler.benchmarks.progress import progress_bar
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.ruled import Ruled, online, oracle, run_ruled, shuffled
 from core2_sampler.benchmarks.scorers import SCORERS
@@ -31,6 +30,7 @@ from core2_sampler.benchmarks.scorers.shapes import ShapesScorer
 from core2_sampler.benchmarks.stats import Estimate
 from core2_sampler.benchmarks.study import ArmResult, Study, result_rows
 from core2_sampler.benchmarks.study_table import estimate, score_change, with_metric
+from core2_sampler.progress import progress_bar
 from core2_sampler.scales import OnlineScale
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.geneval.layout import place_of, write_folder
 from core2_sampler.benchmarks.images import ImageRecord, ImageStore
 from core2_sampler.benchmarks.judges import geneval_prompt
 from core2_sampler.benchmarks.runs import Run, RunArm, store_of
-from core2_sampler.trajectory import write_atomic
 
 SUITE_OF = {"geneval": "geneval", "t2icompbench": "t2icompbench", "hpsv2": "hpdv2"}
 """The suite of each layout."""

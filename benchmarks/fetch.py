@@ -8,8 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.cache import digest
-from core2_sampler.trajectory import write_atomic
 
 _HUB = re.compile(r"hf:(datasets/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 _TIMEOUT = 60  # seconds without an answer

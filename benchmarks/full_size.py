@@ -5,10 +5,9 @@ python -m core2_sampler.benchmarks.full_size
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +17,13 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core2_sampler.benchmarks.report import Row, provenance
+from core2_sampler.atomic import write_atomic
+from core2_sampler.benchmarks.report import Row, markdown_lines, provenance, write_rows
 from core2_sampler.full_size import FULL_SIZE, Call, FullSize, build_network, example_call
 from core2_sampler.pipelines.adapters.discrete import Clock
 from core2_sampler.pipelines.adapters.flux import FluxDenoiser
 from core2_sampler.pipelines.adapters.sd3 import SD3Denoiser
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser
-from core2_sampler.trajectory import write_atomic
 from core2_sampler.types import Denoiser
 from core2_sampler.weak_heads import HEADS
 from core2_sampler.weak_heads.base import WeakHead
@@ -207,7 +206,7 @@ def markdown_of(costs: Mapping[str, Mapping[str, Cost]]) -> str:
     heads = [name for name in next(iter(costs.values())) if name != "denoiser"]
     head = ["model", "repository", "parameters, 1e9", "TFLOP", "attention"]
     head += [f"{name}: {unit}" for name in heads for unit in ("parameters, 1e6", "share")]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    lines = []
     for name, parts in costs.items():
         plain = parts["denoiser"]
         line = [name, FULL_SIZE.get(name).repo, f"{plain.parameters / 1e9:.4f}"]
@@ -215,7 +214,7 @@ def markdown_of(costs: Mapping[str, Mapping[str, Cost]]) -> str:
         for cost in (parts[key] for key in heads):
             line += [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / plain.flops:.3%}"]
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_lines(head, lines, texts=2)
 
 
 def write_costs(path: Path, costs: Mapping[str, Mapping[str, Cost]]) -> None:
@@ -226,13 +225,11 @@ def write_costs(path: Path, costs: Mapping[str, Mapping[str, Cost]]) -> None:
         costs: by name of the model, what `measure` returns.
     """
     about = provenance("meta", batch_size=1, height=1024, width=1024)
-    rest = {"low": None, "high": None, "provenance": about}
-    lines = [json.dumps(asdict(row) | rest, ensure_ascii=False) for row in rows_of(costs)]
     notes = f"- commit: {about['commit']}\n- torch {about['versions']['torch']}, diffusers "
     notes += about["versions"]["diffusers"]
     parts = ["# Full size: what a pass costs", markdown_of(costs), TEXT, "Made by"]
     page = "\n\n".join([*parts, f"    {COMMAND}", notes]) + "\n"
-    write_atomic(path.with_suffix(".json"), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+    write_rows(path.with_suffix(".json"), [(row, about) for row in rows_of(costs)])
     write_atomic(path, page.encode())
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from core2_sampler.benchmarks.arms import OWN, Arm, build_arms
 from core2_sampler.benchmarks.heads import check_scales, head_folders
-from core2_sampler.benchmarks.options import StudyConfig
+from core2_sampler.benchmarks.options import StudyConfig, check_out
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.placement import Placement
@@ -60,7 +60,7 @@ class HeadsConfig:
 
 def bench_heads(config: HeadsConfig) -> None:
     """Compare weak heads with CFG and with what its passes buy otherwise, on the Shapes world."""
-    from core2_sampler.benchmarks.cli import about_study, check_out, open_study
+    from core2_sampler.benchmarks.cli import about_study, open_study
 
     check_out(config.out)
     model = find_model(config.study.model)

@@ -8,16 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from core2_sampler.benchmarks.cli import NOTES
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.full_size import share_at_full_size
-from core2_sampler.benchmarks.ga_eval import verdict
 from core2_sampler.benchmarks.matching import Matched
+from core2_sampler.benchmarks.notes import NOTES
 from core2_sampler.benchmarks.options import command_line
-from core2_sampler.benchmarks.report import Row, markdown_table, provenance_notes, write_rows
+from core2_sampler.benchmarks.report import (
+    Row,
+    markdown_table,
+    numbers_table,
+    provenance_notes,
+    sources,
+    write_rows,
+)
 from core2_sampler.benchmarks.runner import resolve_head
 from core2_sampler.benchmarks.study import ArmResult, Study, result_rows
-from core2_sampler.benchmarks.study_table import corrected_differences, score_change
-from core2_sampler.trajectory import write_atomic
+from core2_sampler.benchmarks.study_table import method_verdicts
 from core2_sampler.weak_heads.base import WeakHead
 
 if TYPE_CHECKING:
@@ -100,22 +106,13 @@ def cost_rows(entry: Entry, costs: Mapping[str, float], like: Row) -> list[Row]:
 
 def verdicts(study: Study, entries: Sequence[Entry]) -> list[str]:
     """Say of each method what its comparisons with CFG and with matched CFG show."""
-    methods = [entry for entry in entries if entry.matched is not None]
-    changes = [
-        score_change(entry.result, other)
-        for entry in methods
-        for other in (entry.references["cfg"], entry.matched)
-        if other is not None
-    ]
-    differences = iter(corrected_differences(study, changes))
-    return [
-        verdict(
-            f"{arm.name}, N = {arm.steps}, scale {arm.guidance_scale:g}",
-            next(differences),
-            next(differences),
-        )
-        for arm in (entry.result.arm for entry in methods)
-    ]
+    compared = []
+    for entry in entries:
+        arm = entry.result.arm
+        name = f"{arm.name}, N = {arm.steps}, scale {arm.guidance_scale:g}"
+        if entry.matched is not None:
+            compared.append((name, entry.result, entry.references["cfg"], entry.matched))
+    return method_verdicts(study, compared)
 
 
 def write_tables(
@@ -150,7 +147,8 @@ def write_tables(
         of_group = {**about, "N": n, "scale": scale}
         rows += [(row, of_group) for row in table + costs]
     parts.append("\n".join(f"- {line}" for line in verdicts(study, every)))
-    parts += [NOTES, LEGEND, "Made by", f"    {command}", provenance_notes(about)]
+    made = sources([row for row, _ in rows], provenance_notes(about))
+    parts += [NOTES, LEGEND, *made]
     page = "\n\n".join(parts) + "\n"
     write_rows(config.out.with_suffix(".json"), rows)
     write_atomic(config.out, page.encode())
@@ -162,7 +160,4 @@ def _cost_table(rows: Sequence[Row]) -> str:
     arms: dict[str, dict[str, str]] = {}
     for row in rows:
         arms.setdefault(row.arm, {})[row.metric] = COSTS[row.metric].format(row.value)
-    lines = [["arm", *(metric.replace("_", " ") for metric in COSTS)]]
-    lines.append(["---", *["---:"] * len(COSTS)])
-    lines += [[arm, *(cells.get(metric, "") for metric in COSTS)] for arm, cells in arms.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return numbers_table(("arm",), [((arm,), cells) for arm, cells in arms.items()], list(COSTS))

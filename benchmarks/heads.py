@@ -8,7 +8,8 @@ from pathlib import Path
 
 from core2_sampler.benchmarks.arms import ARMS, OWN, Arm
 from core2_sampler.config import ConfigError
-from core2_sampler.model_files import UNTRAINED, ModelFiles, find_head
+from core2_sampler.fitting import UNTRAINED, find_head
+from core2_sampler.model_files import ModelFiles
 
 
 def head_folders(given: Sequence[str], model: ModelFiles) -> dict[str, str]:

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.lines import append_lines, digest_bytes, read_lines
 from core2_sampler.benchmarks.study import Case
-from core2_sampler.trajectory import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

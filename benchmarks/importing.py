@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.exchange_options import ImportImagesConfig
@@ -22,13 +23,12 @@ from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.lines import digest_bytes
 from core2_sampler.benchmarks.matching import is_plain
 from core2_sampler.benchmarks.options import command_line
-from core2_sampler.benchmarks.progress import progress_bar
 from core2_sampler.benchmarks.runs import MATCHED, Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.study import Case
 from core2_sampler.benchmarks.suites import load
 from core2_sampler.config import ConfigError
+from core2_sampler.progress import progress_bar
 from core2_sampler.registry import unknown_name
-from core2_sampler.trajectory import write_atomic
 
 _MARK = "imported"  # a key of such an arm's provenance
 _OF_LIST = ("suite", "source", "limit", "skip_nsfw", "model")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.trajectory import write_atomic
+from core2_sampler.atomic import write_atomic
 
 
 def digest_bytes(data: bytes) -> str:

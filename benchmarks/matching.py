@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.effective_scale import EffectiveScale
@@ -26,7 +27,6 @@ from core2_sampler.benchmarks.runner import (
 from core2_sampler.benchmarks.shard import locked
 from core2_sampler.benchmarks.study import Case, Study
 from core2_sampler.plan import Core2Config
-from core2_sampler.trajectory import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.benchmarks.report import Row, markdown_table, provenance_notes, write_rows
+from core2_sampler.atomic import write_atomic
+from core2_sampler.benchmarks.options import check_out
+from core2_sampler.benchmarks.report import (
+    Row,
+    markdown_table,
+    provenance_notes,
+    sources,
+    write_rows,
+)
 from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.trajectory import write_atomic
 
 Sourced = tuple[Row, dict[str, Any]]
 """A row and its provenance."""
@@ -30,8 +37,7 @@ class MergeConfig:
 
 def bench_merge(config: MergeConfig) -> None:
     """Put the rows of several results tables on one page, each with its source."""
-    if config.out.suffix != ".md" or config.out.is_dir():
-        raise ConfigError(f"out must be a file that ends in .md, got {config.out}")
+    check_out(config.out)
     blocks = [read_rows(Path(name)) for name in config.tables]
     rows = [row for block in blocks for row in block]
     with user_input():
@@ -78,6 +84,5 @@ def _block(rows: Iterable[Sourced]) -> str:
     families = dict.fromkeys(row.family for own in groups.values() for row in own)
     parts = [f"## {', '.join(families)}"]
     for notes, own in groups.items():
-        commands = "\n".join(f"    {each}" for each in dict.fromkeys(row.command for row in own))
-        parts += [markdown_table(own), "Made by", commands, notes]
+        parts += [markdown_table(own), *sources(own, notes)]
     return "\n\n".join(parts)

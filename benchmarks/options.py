@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core2_sampler.benchmarks.arms import FIRST_TABLE, SUITE_ARMS
-from core2_sampler.config import option
+from core2_sampler.config import ConfigError, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +215,12 @@ class CalibrateConfig:
 @dataclass(frozen=True, slots=True)
 class DoctorConfig:
     """``core2 bench doctor`` has no options."""
+
+
+def check_out(path: Path) -> None:
+    """Raise ConfigError unless ``path`` can name a table."""
+    if path.suffix != ".md" or path.is_dir():
+        raise ConfigError(f"out must be a file that ends in .md, got {path}")
 
 
 def command_line(config: Any) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.info import environment
-from core2_sampler.trajectory import write_atomic
 
 LABELS = {
     "single_object": "single",
@@ -122,12 +122,17 @@ def write_table(
     if not rows:
         raise ValueError("a table must have at least one row, got none")
     notes = provenance_notes(provenance)
-    commands = "\n".join(f"    {command}" for command in dict.fromkeys(r.command for r in rows))
-    parts = [f"# {title}", markdown_table(rows), text.strip(), "Made by", commands, notes]
+    parts = [f"# {title}", markdown_table(rows), text.strip(), *sources(rows, notes)]
     page = "\n\n".join(part for part in parts if part) + "\n"
     write_rows(path.with_suffix(".json"), [(row, provenance) for row in rows])
     write_atomic(path, page.encode())
     return path, path.with_suffix(".json")
+
+
+def sources(rows: Iterable[Row], notes: str) -> list[str]:
+    """Return what made some rows, as paragraphs that follow their table and end in ``notes``."""
+    commands = "\n".join(f"    {command}" for command in dict.fromkeys(r.command for r in rows))
+    return ["Made by", commands, notes]
 
 
 def write_rows(path: Path, rows: Iterable[tuple[Row, Mapping[str, Any]]]) -> None:
@@ -157,13 +162,35 @@ def markdown_table(rows: Sequence[Row]) -> str:
             raise ValueError(f"metric {row.metric!r} of arm {key} is given twice")
         arms[key][row.metric] = row
     head = ["family", "arm", "steps", "scale", "NFE", "images", *(_label(m) for m in metrics)]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    lines = []
     for (family, arm, steps, scale), cells in arms.items():
         first = next(iter(cells.values()))
         n_images = max(row.n_images for row in cells.values())
         fixed = [family, arm, f"{steps}", f"{scale:g}", f"{first.nfe:g}", f"{n_images}"]
         lines.append(fixed + [_cell(cells.get(metric)) for metric in metrics])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_lines(head, lines, texts=2)
+
+
+def numbers_table(
+    head: Sequence[str],
+    arms: Iterable[tuple[Sequence[str], Mapping[str, str]]],
+    metrics: Sequence[str],
+) -> str:
+    """Return one Markdown line per arm and one column per metric, of numbers as they are told.
+
+    Args:
+        head: of the columns that say which arm it is, the first of them its name.
+        arms: those columns of each arm, and its numbers by metric; it need not have all.
+        metrics: the other columns.
+    """
+    lines = [[*own, *(cells.get(metric, "") for metric in metrics)] for own, cells in arms]
+    return markdown_lines([*head, *(metric.replace("_", " ") for metric in metrics)], lines)
+
+
+def markdown_lines(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Return a Markdown table whose first columns are so many of ``texts``, then numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
 def contact_sheet(

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.calibration import agreements
 from core2_sampler.benchmarks.compare import Comparison, comparison_rows, comparisons, value_rows
 from core2_sampler.benchmarks.correction import correct
 from core2_sampler.benchmarks.judges import without_judge
 from core2_sampler.benchmarks.measured import Metric, declared, measure_run
+from core2_sampler.benchmarks.notes import INTERVALS, PAIRED
 from core2_sampler.benchmarks.report import Row, provenance_facts, write_rows
 from core2_sampler.benchmarks.report_findings import (
     cost_note,
@@ -38,21 +40,19 @@ from core2_sampler.benchmarks.report_tables import comparison_table, score_table
 from core2_sampler.benchmarks.runs import REFERENCE, Run, read_runs
 from core2_sampler.benchmarks.scores import read_scores
 from core2_sampler.benchmarks.suites import SUITES
-from core2_sampler.trajectory import write_atomic
 
 TITLE = "Benchmark report"
 MEANINGLESS = (
     "The scores of {names} come from random models: they show that the path works and mean nothing."
 )
 NOTES = (
-    "Scores are means with 95 % intervals: BCa bootstrap over whole prompts, stratified by task "
-    "where tasks weigh the same; where all images are right, or all wrong, Wilson's over prompts. "
-    "None is given where a task has fewer than two prompts, or nothing varies.",
+    f"Scores are means with {INTERVALS} where tasks weigh the same; where all images are right, or "
+    "all wrong, Wilson's over prompts. None is given where a task has fewer than two prompts, or "
+    "nothing varies.",
     "Shares of right images are percent, their differences points; other scores are in their own "
     "unit.",
-    "Differences are paired image by image on the same initial latents. p is of a sign-flip test "
-    "over prompts, two-sided; p (Holm) is corrected for all comparisons of this report: "
-    "arms, metrics, suites and models together.",
+    f"{PAIRED}. p is of a sign-flip test over prompts, two-sided; p (Holm) is corrected for all "
+    "comparisons of this report: arms, metrics, suites and models together.",
     "Win rates count prompts, with Wilson's intervals: strict has ties as lost, half as half a "
     "win.",
     "Detectable is the smallest true difference whose interval the run would place beside 0 four "

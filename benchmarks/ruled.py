@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.online import rule_key
 from core2_sampler.benchmarks.runner import arm_key, decode, generate
 from core2_sampler.benchmarks.study import ArmResult, Case, Judge, Study
 from core2_sampler.precision import wide
+from core2_sampler.rows import stable_hash
 from core2_sampler.scales import CallableScale, OnlineScale, Pair, SampleRule
-from core2_sampler.trajectory import stable_hash, write_atomic
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest, hash_component
 from core2_sampler.benchmarks.online import online_rule, rule_key
-from core2_sampler.benchmarks.progress import only_errors
 from core2_sampler.benchmarks.study import Case, Study
+from core2_sampler.fitting import UNTRAINED
 from core2_sampler.info import versions
-from core2_sampler.model_files import UNTRAINED
 from core2_sampler.nfe import count_nfe
 from core2_sampler.pipelines.loop import check_head, check_rule
 from core2_sampler.plan import Core2Config, make_plan
 from core2_sampler.precision import DTYPES
+from core2_sampler.progress import only_errors
 from core2_sampler.scales import SampleRule
 from core2_sampler.steps import Step
-from core2_sampler.trajectory import TrajectoryStore, write_atomic
+from core2_sampler.trajectory import TrajectoryStore
 from core2_sampler.weak_heads import HEADS, load_head
 from core2_sampler.weak_heads.base import WeakHead
 

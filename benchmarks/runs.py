@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.shard import locked
 from core2_sampler.benchmarks.study import Case
 from core2_sampler.benchmarks.suites import SuitePrompt
-from core2_sampler.trajectory import write_atomic
 
 REFERENCE = "cfg"
 """The arm that others at the same N and scale are compared with."""

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageRecord, ImageStore
 from core2_sampler.benchmarks.judges import Judge, asked, judges_task
 from core2_sampler.benchmarks.lines import append_lines, read_lines
 from core2_sampler.benchmarks.runs import Run, store_of
 from core2_sampler.benchmarks.suites import SuitePrompt
-from core2_sampler.trajectory import write_atomic
 
 
 class Scored(NamedTuple):

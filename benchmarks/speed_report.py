@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core2_sampler.trajectory import write_atomic
+from core2_sampler.atomic import write_atomic
 
 CSV_COLUMNS = (
     "scenario",

@@ -22,7 +22,6 @@ from core2_sampler.benchmarks.judges import (
 from core2_sampler.benchmarks.matching import is_plain, match
 from core2_sampler.benchmarks.options import GenerateConfig, Judging
 from core2_sampler.benchmarks.presets import PRESETS
-from core2_sampler.benchmarks.progress import hide_loading, progress_bar
 from core2_sampler.benchmarks.report import provenance
 from core2_sampler.benchmarks.request import Request, check_scorers
 from core2_sampler.benchmarks.runner import check_arm, cut_prompts, shared_key
@@ -34,6 +33,7 @@ from core2_sampler.config import user_input
 from core2_sampler.info import pick_device
 from core2_sampler.pipelines.auto import load_pipeline
 from core2_sampler.precision import DTYPES, pick_dtype
+from core2_sampler.progress import hide_loading, progress_bar
 from core2_sampler.registry import unknown_name
 
 

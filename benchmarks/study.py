@@ -21,7 +21,7 @@ from core2_sampler.benchmarks.cache import digest, hash_pipeline
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.stats import Estimate, mean_estimate, share_estimate
 from core2_sampler.precision import DTYPES
-from core2_sampler.trajectory import stable_hash
+from core2_sampler.rows import stable_hash
 
 
 class Prompt(Protocol):

@@ -11,9 +11,16 @@ import numpy as np
 
 from core2_sampler.benchmarks.cli import about_study
 from core2_sampler.benchmarks.correction import flips_for
-from core2_sampler.benchmarks.ga_eval import Difference
+from core2_sampler.benchmarks.ga_eval import Difference, verdict
 from core2_sampler.benchmarks.options import StudyConfig
-from core2_sampler.benchmarks.report import PLAIN, Row, markdown_table, write_rows, write_table
+from core2_sampler.benchmarks.report import (
+    PLAIN,
+    Row,
+    markdown_table,
+    numbers_table,
+    write_rows,
+    write_table,
+)
 from core2_sampler.benchmarks.stats import Array, Estimate, holm, mean_estimate, sign_flip_p
 from core2_sampler.benchmarks.study import ArmResult, Study
 
@@ -67,6 +74,21 @@ def corrected_differences(study: Study, changes: Sequence[Array]) -> list[Differ
     ]
 
 
+def method_verdicts(
+    study: Study, compared: Sequence[tuple[str, ArmResult, ArmResult, ArmResult]]
+) -> list[str]:
+    """Say of each method what its comparisons with CFG and with matched CFG show.
+
+    Args:
+        study: what the arms share.
+        compared: what each method is called, its result, that of CFG and that of CFG at its
+            effective scale and NFE.
+    """
+    changes = [score_change(own, other) for _, own, *others in compared for other in others]
+    told = iter(corrected_differences(study, changes))
+    return [verdict(name, next(told), next(told)) for name, *_ in compared]
+
+
 def with_metric(row: Row, metric: str, found: Estimate) -> Row:
     """Return a row of the same arm with another number of it."""
     return dataclasses.replace(
@@ -94,14 +116,10 @@ def write_study(config: Config, study: Study, rows: Sequence[Row], title: str, t
 
 def _plain_table(rows: Sequence[Row]) -> str:
     """Return one line for each arm, with three digits of each number."""
-    metrics = list(dict.fromkeys(row.metric for row in rows))
     arms: dict[tuple[str, int, float], dict[str, str]] = {}
     for row in rows:
         own = arms.setdefault((row.arm, row.steps, row.guidance_scale), {})
         own[row.metric] = f"{row.value:.3g}"
-    lines = [["arm", "steps", "scale", *(metric.replace("_", " ") for metric in metrics)]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
-    for (arm, steps, scale), cells in arms.items():
-        numbers = [cells.get(metric, "") for metric in metrics]
-        lines.append([arm, f"{steps}", f"{scale:g}", *numbers])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    told = [((name, f"{n}", f"{scale:g}"), cells) for (name, n, scale), cells in arms.items()]
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    return numbers_table(("arm", "steps", "scale"), told, metrics)

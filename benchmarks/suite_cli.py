@@ -121,10 +121,10 @@ def bench_calibrate(config: CalibrateConfig) -> None:
         labelled_samples,
     )
     from core2_sampler.benchmarks.geneval.calibrate import read_labels
-    from core2_sampler.benchmarks.progress import hide_loading, progress_bar
     from core2_sampler.benchmarks.report_render import markdown_lines
     from core2_sampler.benchmarks.suites import load
     from core2_sampler.info import pick_device
+    from core2_sampler.progress import hide_loading, progress_bar
 
     hide_loading()
     with user_input():
@@ -142,7 +142,7 @@ def bench_calibrate(config: CalibrateConfig) -> None:
 def bench_doctor(config: DoctorConfig) -> None:
     """Say what of this installation would change a score; exit with 1 if anything would."""
     from core2_sampler.benchmarks.doctor import examine
-    from core2_sampler.benchmarks.progress import hide_loading
+    from core2_sampler.progress import hide_loading
 
     hide_loading()
     words = {True: "ok", False: "WRONG", None: "not checked"}

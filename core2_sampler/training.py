@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.config import option
-from core2_sampler.trajectory import write_atomic
 
 Log = Callable[[str], None]
 

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,30 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from core2_sampler.rows import Rows, is_held_out, stable_hash, widen
-
-
-def write_atomic(path: Path, data: bytes, writer: int = 0) -> None:
-    """Write a file so that it is there complete, and durable, or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        data: its content.
-        writer: number of the process, so that two may write one file at the same time; a killed
-            process leaves at most ``<name>.<writer>.tmp``, which its next write replaces.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{writer}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from core2_sampler.atomic import write_atomic
+from core2_sampler.rows import is_held_out, stable_hash
+from core2_sampler.stored_rows import StoredRows, StoreSource
 
 
 class RecordKey(NamedTuple):
@@ -127,6 +104,11 @@ class TrajectoryStore:
     def settings(self, round: int) -> dict[str, Any]:
         """Return what ``pin_settings`` fixed for a round that has records."""
         return json.loads(self._settings(round).read_text())
+
+    def rounds(self) -> dict[int, dict[str, Any]]:
+        """Return the settings of every round by its number, the lowest first."""
+        numbers = sorted(int(path.stem) for path in self.root.glob("rounds/*.json"))
+        return {number: self.settings(number) for number in numbers}
 
     def pin_settings(self, round: int, settings: Mapping[str, Any]) -> None:
         """Fix the settings that all records of a round share, or check them where they are fixed.
@@ -239,7 +221,7 @@ class TrajectoryStore:
             "records": len(self.records()),
             "training_rows": len(train),
             "held_out_share": held_out_share,
-            "rounds": {p.stem: json.loads(p.read_text()) for p in self.root.glob("rounds/*.json")},
+            "rounds": {f"{number:03d}": settings for number, settings in self.rounds().items()},
         }
         return StoreSource(train, held_out, held_out_rows, about)
 
@@ -283,73 +265,3 @@ def _check(path: Path, intact: bool) -> None:
             f"{path} must be as it was written, got a missing or changed file: remove it and "
             "the shards/*.json that belong to it, and collect again"
         )
-
-
-@lru_cache(maxsize=8192)
-def _encoding(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
-
-
-class StoredRows:
-    """Random access to rows that stay in memory-mapped files until they are asked for."""
-
-    def __init__(
-        self,
-        shards: list[tuple[dict[str, Tensor], list[Path]]],
-        places: Tensor,
-        sigmas: Tensor,
-    ) -> None:
-        """Take (tensors, prompt file of each record) per shard and (shard, row) per row [N, 2]."""
-        self._shards = shards
-        self._places = places
-        self.sigmas = sigmas
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def take(self, index: Tensor) -> Rows:
-        """Return the rows at ``index`` [N], floating-point tensors in float32."""
-        rows: dict[str, list[Tensor]] = {}
-        prompts: dict[str, list[Tensor]] = {}
-        for shard, row in self._places[index].tolist():
-            tensors, files = self._shards[shard]
-            for name, tensor in tensors.items():
-                rows.setdefault(name, []).append(tensor[row])
-            for name, tensor in _encoding(files[int(tensors["record"][row])]).items():
-                prompts.setdefault(name, []).append(tensor)
-        del rows["record"]
-        stacked = {name: torch.stack(tensors) for name, tensors in (rows | prompts).items()}
-        return Rows.from_tensors({name: widen(tensor) for name, tensor in stacked.items()})
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Rows:
-        """Return ``batch_size`` rows drawn with replacement."""
-        return self.take(torch.randint(len(self), (batch_size,), generator=generator))
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSource:
-    """A ``RowSource`` that reads a store."""
-
-    training: StoredRows
-    evaluation: StoredRows
-    held_out_rows: int
-    about: dict[str, Any]
-
-    @property
-    def sigmas(self) -> Tensor:
-        """Noise levels of the training rows, [N]."""
-        return self.training.sigmas
-
-    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
-        """Return random rows of the training prompts."""
-        return self.training.sample(batch_size, generator)
-
-    def held_out(self, batch_size: int) -> Iterator[Rows]:
-        """Yield the same random rows of the held-out prompts each time."""
-        order = torch.randperm(len(self.evaluation), generator=torch.Generator().manual_seed(0))
-        for index in order[: self.held_out_rows].split(batch_size):
-            yield self.evaluation.take(index)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a head's card says about its data."""
-        return self.about

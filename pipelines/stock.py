@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.fused.compiling import How, check_how, compile_network, set_attention
 from core2_sampler.fused.graphs import Graphs
 from core2_sampler.fused.modulation import check_modulated
@@ -22,7 +23,6 @@ from core2_sampler.fused.sampler import FusedSampler
 from core2_sampler.pipelines.adapters.base import Family, check_no_lone_cache
 from core2_sampler.pipelines.loop import Observer, run_loop
 from core2_sampler.plan import Core2Config, Plan
-from core2_sampler.trajectory import write_atomic
 from core2_sampler.types import Conditioning, Denoiser
 
 

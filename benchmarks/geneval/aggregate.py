@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.lines import append_text
-from core2_sampler.trajectory import write_atomic
 
 _OFFICIAL = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 _OURS = ("judge", "sha256")

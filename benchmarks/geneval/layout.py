@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.geneval.prompts import GenEvalPrompt, parse_prompt
-from core2_sampler.trajectory import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from core2_sampler.progress import rich_progress
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -37,12 +39,7 @@ def progress_bars(totals: Mapping[str, int | None], shown: bool = True) -> Itera
         totals: what each bar counts up to; None is not known yet.
         shown: False shows nothing, as in all processes but the first.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeRemaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemaining())
-    progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+    progress = rich_progress(shown)
     try:
         yield Bars(progress, {name: progress.add_task(name, total=totals[name]) for name in totals})
     finally:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from core2_sampler.cli.evaluator_data import pair_source
 from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
 from core2_sampler.cli.options import add_command
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.evaluators.kinds import KINDS
 from core2_sampler.evaluators.train import EvaluatorConfig
-from core2_sampler.model_files import EMBEDDED, ModelFiles, find_model
+from core2_sampler.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from core2_sampler.evaluators.images import Accept, Captioned, Finals
     from core2_sampler.evaluators.network import LatentEvaluator
-    from core2_sampler.evaluators.pairs import PairSource
     from core2_sampler.types import Conditioning
 
     Encode = Callable[..., tuple[Conditioning, Conditioning]]
-
-_BANK = (48_000, 64)  # rendered images: kept at most, and drawn anew in a step until then
-_SPARE = 16  # captions drawn for each that is wanted
-_VAL_PROMPTS = 480
 
 app = typer.Typer(
     help="Train and ship the evaluators of an online guidance scale.",
@@ -125,7 +117,7 @@ def _train(options: TrainOptions, model: ModelFiles, device: str) -> None:
         evaluator = _evaluator(options, pipe, encode)
         progress = train_evaluator(
             evaluator,
-            _source(options, pipe),
+            pair_source(options, pipe),
             partial(read_captions, encode),
             options.training,
             folder=options.output.with_name(options.output.name + ".run"),
@@ -145,7 +137,7 @@ def read_captions(encode: Encode, texts: list[str]) -> Conditioning:
         encode: a family's, of prompts and negative prompts.
         texts: captions, at least one.
     """
-    from core2_sampler.guidance import join
+    from core2_sampler.conditioning import join
     from core2_sampler.types import Conditioning
 
     half = -(-len(texts) // 2)
@@ -171,118 +163,6 @@ def _evaluator(options: TrainOptions, pipe: Any, encode: Encode) -> LatentEvalua
     if options.start is not None:
         evaluator.start_from(load_evaluator(options.start))
     return evaluator
-
-
-def _source(options: TrainOptions, pipe: Any) -> PairSource:
-    """Return the pairs that the kind learns from."""
-    from core2_sampler.evaluators.images import final_latents
-    from core2_sampler.evaluators.pairs import CaptionPairs, EditPairs, RankedPairs, RealPairs
-    from core2_sampler.trajectory import TrajectoryStore
-
-    kind = KINDS.get(options.kinds[0])
-    if options.data is None:
-        images = _images(options, pipe)
-        if kind.lesson == "captions":
-            return CaptionPairs(images)
-        return EditPairs(images, kind.words, kind.swaps)
-    generated = final_latents(TrajectoryStore(options.data))
-    if kind.lesson == "generated":
-        return RealPairs(_images(options, pipe), generated, options.held_out_share)
-    ranks = rank(generated, options.scorers, pipe)
-    return RankedPairs(generated, ranks, options.held_out_share)
-
-
-def _images(options: TrainOptions, pipe: Any) -> Captioned:
-    from core2_sampler.evaluators.images import ImageFolder
-
-    if options.images is not None:
-        size = pipe.family.latent_shape(pipe)[1] * pipe.vae_scale_factor
-        encode = partial(_encode_file, pipe, size)
-        return ImageFolder(options.images, encode, options.held_out_share)
-    if options.model not in EMBEDDED:
-        raise ConfigError(f"images must be given for a model that is not embedded: {options.model}")
-    return ShapesImages(pipe)
-
-
-def _encode_file(pipe: Any, size: int, file: Path) -> Tensor:
-    """Return the clean latents of an image file's middle square, [C, H, W]."""
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return encode_pixels(pipe, pipe.image_processor.preprocess(square))[0]
-
-
-def encode_pixels(pipe: Any, pixels: Tensor) -> Tensor:
-    """Return clean latents [B, C, H, W] of images [B, 3, H, W] in [-1, 1]."""
-    import torch
-
-    vae = pipe.vae
-    with torch.no_grad():
-        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
-    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def rank(generated: Finals, scorers: Sequence[str], pipe: Any) -> list[tuple[float, ...]]:
-    """Return what each scorer says of each generated image, decoded.
-
-    Args:
-        generated: images as clean latents.
-        scorers: names of `core2_sampler.benchmarks.scorers.SCORERS`.
-        pipe: decodes.
-    """
-    import torch
-
-    from core2_sampler.benchmarks.scorers import SCORERS
-
-    judges = [SCORERS.get(name).load(device=str(pipe.vae.device)) for name in scorers]
-    told: list[tuple[float, ...]] = []
-    texts = [record.prompt for record in generated.records]
-    for start in range(0, len(texts), 16):
-        part = slice(start, start + 16)
-        with torch.no_grad():
-            pixels = pipe.family.decode(pipe, generated.x0[part].to(pipe.vae.device))
-        images = pipe.image_processor.postprocess(pixels, output_type="pil")
-        scores = [judge.score(images, texts[part]).tolist() for judge in judges]
-        told += zip(*scores, strict=True)
-    return told
-
-
-class ShapesImages:
-    """Rendered images of the Shapes world, as `core2_sampler.evaluators.images.Captioned`."""
-
-    def __init__(self, pipe: Any) -> None:
-        """Take the pipeline whose VAE makes the latents."""
-        from core2_sampler.shapes.batches import LatentBank
-
-        self._pipe, self._bank = pipe, LatentBank(pipe.vae, *_BANK)
-
-    def draw(self, step: int, count: int, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
-        """Return images of training captions."""
-        batch = self._bank.draw(step, count if accept is None else count * _SPARE)
-        return _wanted(batch.latents, batch.texts, accept, count)
-
-    def held_out(self, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
-        """Return images of the captions for choosing, of contents that training never sees."""
-        return _wanted(*self._validation, accept, _VAL_PROMPTS)
-
-    @cached_property
-    def _validation(self) -> tuple[Tensor, list[str]]:
-        from core2_sampler.shapes.batches import sample_scenes
-        from core2_sampler.shapes.world import held_out_prompts
-
-        prompts = held_out_prompts(_VAL_PROMPTS, "val")
-        random.Random(0).shuffle(prompts)  # or a batch would be of one task
-        pixels, _ = sample_scenes(0, prompts)
-        return encode_pixels(self._pipe, pixels), [prompt.text for prompt in prompts]
-
-
-def _wanted(
-    latents: Tensor, texts: list[str], accept: Accept | None, count: int
-) -> tuple[Tensor, list[str]]:
-    """Return the first ``count`` of the images whose caption is accepted."""
-    chosen = [i for i, text in enumerate(texts) if accept is None or accept(text)][:count]
-    return latents[chosen], [texts[i] for i in chosen]
 
 
 def run_ship(options: ShipOptions) -> None:

@@ -10,7 +10,8 @@ import typer
 
 from core2_sampler.cli.options import add_command
 from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import EMBEDDED, UNTRAINED, find_head, find_model
+from core2_sampler.fitting import UNTRAINED, find_head
+from core2_sampler.model_files import EMBEDDED, find_model
 
 app = typer.Typer(
     help="Show the weak heads, and import the authors' own.",

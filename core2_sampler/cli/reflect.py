@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from core2_sampler.cli.stock import StockModel
 from core2_sampler.config import ConfigError, option, user_input
 from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.reflect import ReflectConfig
+from core2_sampler.trajectory import TrajectoryStore
 
 if TYPE_CHECKING:
     from core2_sampler.rows import RowSource
@@ -101,7 +101,7 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
     """Return the guidance scales of the data, and what they are from: a model of ours by name."""
     if options.data is None:
         return sorted(options.guidance_scales), "shapes-sd3"
-    rounds = list(_rounds(options.data).values())
+    rounds = list(TrajectoryStore(options.data).rounds().values())
     if not rounds:
         raise ConfigError(f"data must be a folder that `core2 collect` filled, got {options.data}")
     scales = sorted({scale for each in rounds for scale in each["guidance_scales"]})
@@ -119,17 +119,11 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
     return scales, stock[0] if stock else models[0]
 
 
-def _rounds(data: Path) -> dict[int, dict[str, Any]]:
-    """Return the settings of each round of a store by its number, the lowest first."""
-    files = sorted(data.glob("rounds/*.json"))
-    return {int(file.stem): json.loads(file.read_text(encoding="utf-8")) for file in files}
-
-
 def _learned_gap(options: ReflectOptions) -> dict[str, float]:
     """Return ``weak_guidance`` of the data, if it was collected with one."""
     if options.data is None:
         return {}
-    told = [each.get("weak_guidance") for each in _rounds(options.data).values()]
+    told = [each.get("weak_guidance") for each in TrajectoryStore(options.data).rounds().values()]
     if len(set(told)) > 1:
         raise ConfigError(f"the rounds of the data must be of one gap, got weak_guidance {told}")
     return {} if told[0] is None else {"weak_guidance": told[0]}
@@ -168,7 +162,7 @@ def adapter_options(options: ReflectOptions, scales: list[float]) -> dict[str, A
 
 def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
     """Return what loads one of our pipelines, where further rounds have a first one."""
-    rounds = {} if options.data is None else _rounds(options.data)
+    rounds = {} if options.data is None else TrajectoryStore(options.data).rounds()
     if options.rounds and 0 not in rounds:
         raise ConfigError(
             f"rounds must go on from round 0, got only {list(rounds)} in {options.data}: leave "
@@ -196,7 +190,6 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
         from core2_sampler.attachment.checks import check_kind
         from core2_sampler.attachment.collecting import replay
         from core2_sampler.attachment.networks import find_networks
-        from core2_sampler.trajectory import TrajectoryStore
         from core2_sampler.weak_heads import HEADS
 
         records = TrajectoryStore(cast(Path, options.data)).records()
@@ -262,7 +255,6 @@ def _collect_round(
 ) -> None:
     """Let the head drive the trajectories of the data's first round, and keep what CFG says."""
     from core2_sampler.collect import CollectConfig, Job, collect
-    from core2_sampler.trajectory import TrajectoryStore
 
     store = TrajectoryStore(cast(Path, options.data))
     first = store.settings(0)
@@ -279,8 +271,8 @@ def _collect_round(
 
 
 def _source(options: ReflectOptions, setup: dict[str, Any]) -> RowSource:
-    from core2_sampler.collect import CollectConfig, OnlineSource
-    from core2_sampler.trajectory import TrajectoryStore
+    from core2_sampler.collect import CollectConfig
+    from core2_sampler.online_source import OnlineSource
 
     share = options.held_out_share
     if options.data is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core2_sampler.config import ConfigError, user_input
-from core2_sampler.model_files import ModelFiles, find_fitting_evaluator
+from core2_sampler.fitting import find_fitting_evaluator
+from core2_sampler.model_files import ModelFiles
 from core2_sampler.scale_rules import ONLINE
 
 if TYPE_CHECKING:

@@ -80,8 +80,10 @@ class ShipOptions:
 def train(options: TrainOptions) -> None:
     """Train one part of the Shapes model; a killed run resumes."""
     from core2_sampler.info import pick_device
+    from core2_sampler.progress import hide_loading
     from core2_sampler.shapes.train import train as train_part
 
+    hide_loading()
     with user_input():
         device = pick_device(options.device)
         train_part(options.part, options.out, options.minutes, device, start=options.start)

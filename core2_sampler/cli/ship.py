@@ -61,9 +61,11 @@ def _put_clip(folder: Path, models: Path) -> str:
 def _put_pipeline(folder: Path, head: Path | None, models: Path) -> str:
     from core2_sampler import CoRe2Pipeline
     from core2_sampler.model_files import find_model
+    from core2_sampler.progress import hide_loading
     from core2_sampler.shapes.train import save_half
     from core2_sampler.weak_heads import load_head
 
+    hide_loading()
     family = find_model(str(folder)).family
     pipeline = CoRe2Pipeline.from_pretrained(folder, weak_head=load_head(head) if head else None)
     shutil.rmtree(models / family, ignore_errors=True)

@@ -69,9 +69,9 @@ class StockModel:
                 is not there or not for it.
         """
         import diffusers
-        import transformers
 
         from core2_sampler.precision import DTYPES, pick_dtype
+        from core2_sampler.progress import hide_loading
 
         name = "DiffusionPipeline" if self.pipeline == "auto" else self.pipeline
         found = getattr(diffusers, name, None)
@@ -80,8 +80,7 @@ class StockModel:
         pipeline_class: Any = found
         if pipeline_class is not diffusers.DiffusionPipeline:
             self._check_call(pipeline_class)
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+        hide_loading()
         weights = DTYPES[pick_dtype(dtype, device)]
         with user_input():
             pipe = pipeline_class.from_pretrained(model_source(self.model), dtype=weights)

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.evaluators import load_evaluator, read_config
-from core2_sampler.trajectory import write_atomic
 
 SHIPPED = Path(__file__).parents[1] / "shapes" / "models" / "evaluators"
 """Holds FAMILY/KIND, each a folder that ``save_pretrained`` wrote in float16."""

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.config import option
 from core2_sampler.evaluators.kinds import contrastive_loss, ranking_loss, real_loss
 from core2_sampler.evaluators.network import LatentEvaluator, from_flow, path_of
 from core2_sampler.evaluators.pairs import Pairs, PairSource
 from core2_sampler.rows import stable_hash
 from core2_sampler.training import FitConfig, Log, Progress, fit
-from core2_sampler.trajectory import write_atomic
 from core2_sampler.types import Conditioning
 
 Read = Callable[[list[str]], Conditioning]

@@ -262,9 +262,9 @@ def test_whatever_decides_an_image_decides_its_folder(tmp_path, monkeypatch):
     study = make_study(tmp_path, prompts=1)
     folders = [
         arm_folder(study, arm, None)
-        for arm in build_arms(("cfg", "zigzag", "zigzag-half", "zigzag-quarter"), 5, 3.0, {})
+        for arm in build_arms(("cfg", "zigzag", "zigzag-half", "zigzag-quarter", "z2"), 5, 3.0, {})
     ]
-    assert len(set(folders)) == 4
+    assert len(set(folders)) == 5
     assert folders[0] == arm_folder(study, dataclasses.replace(CFG, steps=5), None)
     before = arm_folder(study, CFG, None)
     monkeypatch.setattr(runner, "versions", lambda: versions() | {"diffusers": "0.1"})

@@ -12,13 +12,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from core2_sampler.collect import (
     CollectConfig,
     Job,
-    OnlineSource,
     collect,
     initial_latents,
     kept_steps,
     make_units,
 )
 from core2_sampler.guidance import make_predict
+from core2_sampler.online_source import OnlineSource
 from core2_sampler.plan import make_plan
 from core2_sampler.rows import is_held_out
 from core2_sampler.samplers import sample_euler

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from core2_sampler.cli import evaluators
-from core2_sampler.cli.evaluators import ShapesImages, app, encode_pixels, rank, read_captions
+from core2_sampler.cli import evaluator_data
+from core2_sampler.cli.evaluator_data import ShapesImages, encode_pixels, rank
+from core2_sampler.cli.evaluators import app, read_captions
 from core2_sampler.cli.loading import load_model
 from core2_sampler.config import ConfigError
 from core2_sampler.evaluators import load_evaluator, shipped
@@ -40,8 +41,8 @@ def test_bad_input_is_refused_before_any_model_loads(args, message, tmp_path):
 
 
 def test_an_evaluator_is_trained_and_saved_with_its_card(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluators, "_VAL_PROMPTS", 40)
-    monkeypatch.setattr(evaluators, "_BANK", (64, 16))
+    monkeypatch.setattr(evaluator_data, "_VAL_PROMPTS", 40)
+    monkeypatch.setattr(evaluator_data, "_BANK", (64, 16))
     out = tmp_path / "numeracy"
     small = ["--steps", "2", "--width", "64", "--num-layers", "1", "--batch-size", "32"]
     call("train", "numeracy", *small, "--evaluations", "1", "--device", "cpu", "-o", str(out))
@@ -89,7 +90,7 @@ def test_captions_are_encoded_as_prompts_are(pipe):
 
 
 def test_held_out_captions_are_not_those_of_training(pipe, monkeypatch):
-    monkeypatch.setattr(evaluators, "_BANK", (64, 16))
+    monkeypatch.setattr(evaluator_data, "_BANK", (64, 16))
     images = ShapesImages(pipe)
     held_out = held_out_prompts(480, "val")
     x0, texts = images.draw(0, 8, lambda text: " and " in text)

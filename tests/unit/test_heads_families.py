@@ -13,7 +13,7 @@ from torch import nn
 from core2_sampler.pipelines.adapters.sd3 import SD3Denoiser
 from core2_sampler.shapes import model_path
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sdxl_pipeline
-from core2_sampler.testing_more import STOCK
+from core2_sampler.testing.stock import STOCK
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads import load_head
 from core2_sampler.weak_heads.adapter import AdapterHead

@@ -12,7 +12,8 @@ import pytest
 from core2_sampler import testing
 from core2_sampler.cli.loading import load_weak_head
 from core2_sampler.config import ConfigError
-from core2_sampler.model_files import EMBEDDED, FAMILIES, find_head, find_model
+from core2_sampler.fitting import find_head
+from core2_sampler.model_files import EMBEDDED, FAMILIES, find_model
 from core2_sampler.pipelines.auto import PIPELINES, load_pipeline
 from core2_sampler.shapes import MODELS
 from core2_sampler.weak_heads.tap import TapHead

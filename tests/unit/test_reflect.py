@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core2_sampler.collect import CollectConfig, Job, OnlineSource, collect
+from core2_sampler.collect import CollectConfig, Job, collect
 from core2_sampler.gap_error import NoiseBins, predict_gap, relative_gap_error, scales_of
+from core2_sampler.online_source import OnlineSource
 from core2_sampler.reflect import ReflectConfig, reflect, resolve_precision
 from core2_sampler.rows import Rows
 from core2_sampler.testing import tiny_sd3_pipeline

@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 
+from core2_sampler.atomic import write_atomic
 from core2_sampler.rows import is_held_out, stable_hash
-from core2_sampler.trajectory import Record, TrajectoryStore, write_atomic
+from core2_sampler.trajectory import Record, TrajectoryStore
 
 
 def make_unit(prompts, seeds=(0,), steps=3, round=0):

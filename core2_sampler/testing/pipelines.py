@@ -1,21 +1,22 @@
-"""Fixtures of tests and experiments: a denoiser with a known solution, tiny real pipelines."""
+"""Our pipelines in miniature: random, of the real classes, built in under a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,8 +30,9 @@ from core2_sampler.pipelines.flux import CoRe2FluxPipeline
 from core2_sampler.pipelines.sd3 import CoRe2StableDiffusion3Pipeline
 from core2_sampler.pipelines.sdxl import CoRe2StableDiffusionXLPipeline
 from core2_sampler.shapes.tokenizer import build_t5_tokenizer
-from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 SDXL_SCHEDULER = {
     "beta_start": 0.00085,
@@ -42,93 +44,27 @@ SDXL_SCHEDULER = {
 """The noise schedule of Stable Diffusion XL, as its scheduler's config has it."""
 
 
-class GaussianDenoiser:
-    """The exact denoiser of data drawn from ``N(mean, spread**2)``, prompt by prompt.
-
-    The prompt is the mean: ``conditioning.pooled`` [B, C]. All prompts have the same spread, so
-    classifier-free guidance at scale s is exactly the denoiser of the mean
-    ``uncond + s * (cond - uncond)``, and `solution` is the truth for every solver.
-
-    Args:
-        spread: standard deviation of the data.
-        path: ``flow`` is ``x = (1 - sigma) x0 + sigma noise``, ``ve`` is ``x = x0 + sigma noise``.
-    """
-
-    family = "gaussian"
-    latent_channels = 4
-
-    def __init__(self, spread: float = 0.5, path: Literal["flow", "ve"] = "flow") -> None:
-        self.module: nn.Module = _GaussianField(spread, path)
-
-    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return ``d`` [B, C, H, W] for latents ``x`` [B, C, H, W] at ``sigma`` [B]."""
-        return self.module(x, sigma, conditioning.pooled)
-
-    @contextmanager
-    def capture_features(self) -> Iterator[Callable[[], Tensor]]:
-        """Record the standardised latents, [B, H * W, C]."""
-        latest: list[Tensor] = []
-        proj_out = self.module.get_submodule("proj_out")
-        handle = proj_out.register_forward_pre_hook(lambda _m, inputs: latest.insert(0, inputs[0]))
-        try:
-            yield lambda: latest[0].flatten(2).transpose(1, 2)
-        finally:
-            handle.remove()
-
-    def prompt(self, mean: Tensor) -> Conditioning:
-        """Return the prompt that stands for a mean [B, C]."""
-        return Conditioning(mean[:, None], mean)
-
-    def solution(self, x: Tensor, sigma: float, sigma_next: float, mean: Tensor) -> Tensor:
-        """Return where the ODE takes ``x`` from one noise level to another.
-
-        Args:
-            x: latents at `sigma`, [B, C, H, W].
-            sigma: noise level of `x`.
-            sigma_next: noise level wanted.
-            mean: of the data, [B, C].
-
-        Returns:
-            Latents at `sigma_next`.
-
-        Reference:
-            Gaussian marginals N(a m, v) with a the signal's factor and v = a^2 spread^2 + sigma^2:
-            the flow keeps ``(x - a m) / sqrt(v)``.
-        """
-        field: Any = self.module
-        m = mean[:, :, None, None]
-        a, v = field.marginal(torch.tensor(sigma, dtype=x.dtype))
-        a_next, v_next = field.marginal(torch.tensor(sigma_next, dtype=x.dtype))
-        return a_next * m + (v_next / v).sqrt() * (x - a * m)
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let what draws from the global random state draw from a seed; leave that state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
-class _GaussianField(nn.Module):
-    """``dx/dsigma`` by Bayes' rule, independent of `GaussianDenoiser.solution`."""
-
-    def __init__(self, spread: float, path: str) -> None:
-        super().__init__()
-        self.spread, self.path = spread, path
-        self.proj_out = nn.Identity()
-
-    def marginal(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the signal's factor and the variance of x at a noise level."""
-        signal = 1 - sigma if self.path == "flow" else torch.ones_like(sigma)
-        return signal, (signal * self.spread) ** 2 + sigma**2
-
-    def forward(self, x: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
-        s, m = sigma[:, None, None, None].to(x), mean[:, :, None, None].to(x)
-        a, v = self.marginal(s)
-        residual = self.proj_out((x - a * m) / v)
-        noise = s * residual  # E[noise | x]
-        if self.path == "ve":
-            return noise
-        return noise - (m + a * self.spread**2 * residual)  # E[noise - x0 | x]
+def ready(pipe: Pipeline) -> Pipeline:
+    """Put a pipeline in evaluation mode, turn its progress bar off, and return it."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_sd3_pipeline(
     *, weak_head: WeakHead | None = None, seed: int = 0, **scheduler: Any
 ) -> CoRe2StableDiffusion3Pipeline:
-    """Build a random Stable Diffusion 3 pipeline of the real classes: 16x16 px, no T5, under 1 s.
+    """Build a random Stable Diffusion 3 pipeline: 16x16 px images, no T5.
 
     Args:
         weak_head: the pipeline's head.
@@ -138,24 +74,20 @@ def tiny_sd3_pipeline(
     Returns:
         The pipeline, on the CPU in float32, without a progress bar.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         pipe = CoRe2StableDiffusion3Pipeline(
             transformer=_tiny_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
             vae=_tiny_vae(),
             text_encoder=_tiny_text_encoder(),
-            tokenizer=tiny_tokenizer(),
+            tokenizer=_tiny_tokenizer(),
             text_encoder_2=_tiny_text_encoder(),
-            tokenizer_2=tiny_tokenizer(),
+            tokenizer_2=_tiny_tokenizer(),
             text_encoder_3=None,
             tokenizer_3=None,
             weak_head=weak_head,
         )
-    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        module.eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return ready(pipe)
 
 
 def tiny_flux_pipeline(
@@ -165,7 +97,7 @@ def tiny_flux_pipeline(
     seed: int = 0,
     **scheduler: Any,
 ) -> CoRe2FluxPipeline:
-    """Build a random FLUX pipeline of the real classes: 16x16 px images, under 1 s.
+    """Build a random FLUX pipeline: 16x16 px images.
 
     The stock call's default size is 256 px, whatever the VAE: give height and width.
 
@@ -178,8 +110,7 @@ def tiny_flux_pipeline(
     Returns:
         The pipeline, on the CPU in float32, without a progress bar.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         pipe = CoRe2FluxPipeline(
             transformer=_tiny_flux_transformer(guidance_embeds),
             scheduler=FlowMatchEulerDiscreteScheduler(
@@ -187,15 +118,12 @@ def tiny_flux_pipeline(
             ),
             vae=_tiny_vae(),
             text_encoder=CLIPTextModel(_tiny_text_encoder().config),
-            tokenizer=tiny_tokenizer(),
+            tokenizer=_tiny_tokenizer(),
             text_encoder_2=_tiny_t5(),
             tokenizer_2=build_t5_tokenizer(),
             weak_head=weak_head,
         )
-    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        module.eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return ready(pipe)
 
 
 def tiny_sdxl_pipeline(
@@ -205,7 +133,7 @@ def tiny_sdxl_pipeline(
     time_cond_proj_dim: int | None = None,
     **scheduler: Any,
 ) -> CoRe2StableDiffusionXLPipeline:
-    """Build a random Stable Diffusion XL pipeline of the real classes: 16x16 px, under 1 s.
+    """Build a random Stable Diffusion XL pipeline: 16x16 px images.
 
     Args:
         weak_head: the pipeline's head.
@@ -216,26 +144,22 @@ def tiny_sdxl_pipeline(
     Returns:
         The pipeline, on the CPU in float32, without a progress bar or a watermark.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         pipe = CoRe2StableDiffusionXLPipeline(
             vae=_tiny_vae(use_post_quant_conv=True),
             text_encoder=CLIPTextModel(_tiny_text_encoder().config),
             text_encoder_2=_tiny_text_encoder(),
-            tokenizer=tiny_tokenizer(),
-            tokenizer_2=tiny_tokenizer(),
+            tokenizer=_tiny_tokenizer(),
+            tokenizer_2=_tiny_tokenizer(),
             unet=_tiny_unet(time_cond_proj_dim),
             scheduler=EulerDiscreteScheduler(**{**SDXL_SCHEDULER, **scheduler}),
             add_watermarker=False,
             weak_head=weak_head,
         )
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        module.eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return ready(pipe)
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def _tiny_tokenizer() -> CLIPTokenizer:
     """Return a CLIP tokenizer of single letters, made in memory, 16 tokens long."""
     tokens = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     vocab = [*tokens, *(f"{t}</w>" for t in tokens), "<|startoftext|>", "<|endoftext|>"]
@@ -337,7 +261,7 @@ def _tiny_vae(use_post_quant_conv: bool = False) -> AutoencoderKL:
 
 
 def _tiny_text_encoder() -> CLIPTextModelWithProjection:
-    tokenizer = tiny_tokenizer()
+    tokenizer = _tiny_tokenizer()
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

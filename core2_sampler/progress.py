@@ -42,11 +42,11 @@ def progress_bar(name: str, total: int, shown: bool = True) -> Iterator[Bar]:
         total: what it counts up to.
         shown: False shows nothing, as in all processes but the first.
     """
-    with progress_bars(shown) as progress:
+    with rich_progress(shown) as progress:
         yield Bar(progress, progress.add_task(name, total=total), total)
 
 
-def progress_bars(shown: bool = True) -> Progress:
+def rich_progress(shown: bool = True) -> Progress:
     """Return rich's progress bars with the columns that all of ours have."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn

@@ -13,6 +13,8 @@ from core2_sampler.json_files import find_file, read_json, read_model_json
 if TYPE_CHECKING:
     from core2_sampler.model_files import ModelFiles
 
+_SDXL_SIZES = 6  # heights, widths and offsets that SDXL's UNet reads beside the pooled prompt
+
 UNTRAINED = ("cond", "last_gap")
 """Controls that need no weights, so that their name is enough."""
 
@@ -111,8 +113,27 @@ def find_fitting_evaluator(name: str | Path, model: ModelFiles) -> Path:
     with user_input():
         folder = find_evaluator(name, model.family)
         config = read_config(folder)
-    _check_fits("an evaluator", config, folder, model)
+    _check_fits("an evaluator", config, folder, model, **_prompt_widths(model))
     return folder
+
+
+def _prompt_widths(model: ModelFiles) -> dict[str, int]:
+    """Return the widths of the prompts that a model reads, as an evaluator's config names them.
+
+    They tell models of one family and one number of latent channels apart.
+    """
+    component = "unet" if model.family == "sdxl" else "transformer"
+    config = read_model_json(model.name, model.source, f"{component}/config.json")
+    if model.family != "sdxl":
+        return {
+            "prompt_dim": config["joint_attention_dim"],
+            "pooled_dim": config["pooled_projection_dim"],
+        }
+    sizes = _SDXL_SIZES * config["addition_time_embed_dim"]
+    return {
+        "prompt_dim": config["cross_attention_dim"],
+        "pooled_dim": config["projection_class_embeddings_input_dim"] - sizes,
+    }
 
 
 def _own_head(model: ModelFiles) -> HeadFiles | None:
@@ -155,9 +176,12 @@ def _head_files(name: str, source: str, inside: str, model: ModelFiles) -> HeadF
     )
 
 
-def _check_fits(kind: str, config: dict[str, Any], where: str | Path, model: ModelFiles) -> None:
-    """Raise ConfigError if a config names another family or number of channels than the model's."""
-    for key, wanted in (("family", model.family), ("latent_channels", model.channels)):
+def _check_fits(
+    kind: str, config: dict[str, Any], where: str | Path, model: ModelFiles, **sizes: int
+) -> None:
+    """Raise ConfigError if a config names another family or size than the model's."""
+    wanted_by_key = {"family": model.family, "latent_channels": model.channels, **sizes}
+    for key, wanted in wanted_by_key.items():
         if config.get(key) != wanted:
             raise ConfigError(
                 f"{kind} must have the {key} {wanted!r} of {model.name}, "

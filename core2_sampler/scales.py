@@ -190,9 +190,8 @@ class OnlineScale:
             fixed = scores.new_tensor([[self.weights[name]] for name in self.evaluators])
             total = mixed(scores, fixed)
         else:
-            now = scores.mean(1)  # [E, B]
-            weights = adaptive_weights(now, self._before, upstream=self.upstream)
-            self._before = now
+            weights = adaptive_weights(scores, self._before, upstream=self.upstream)
+            self._before = scores.mean(1)  # [E, B]
             total = mixed(scores, weights, raw=self.upstream)
         best = total.argmax(0)  # [B]
         return self.record.keep(pair.i, scores.new_tensor(self.candidates)[best])

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from core2_sampler.cli.evaluator_data import pair_source
+from core2_sampler.cli.evaluator_data import check_data, identify, pair_source
 from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
 from core2_sampler.cli.options import add_command
-from core2_sampler.config import ConfigError, option, user_input
+from core2_sampler.config import ConfigError, check_folder, option, user_input
 from core2_sampler.evaluators.kinds import KINDS
 from core2_sampler.evaluators.train import EvaluatorConfig
 from core2_sampler.model_files import ModelFiles, find_model
@@ -53,9 +53,10 @@ class TrainOptions:
     data: Path | None = option(
         None, help="fidelity, preference: folder of `core2 collect` that holds last steps."
     )
-    scorers: tuple[str, ...] = option(
-        ("shapes", "shapes-clip"),
-        help="preference: scorers of `core2 bench` that rank images; the first that differs "
+    scorers: tuple[str, ...] | None = option(
+        None,
+        help="preference: scorers of `core2 bench` that rank images, by default shapes,shapes-clip;"
+        " the first that differs by more than its standard deviation over the images of a prompt "
         "decides.",
     )
     start: Path | None = option(
@@ -63,8 +64,11 @@ class TrainOptions:
     )
     width: int = option(384, help="Width of the network, a multiple of 64.", min=64)
     num_layers: int = option(6, help="Transformer blocks.", min=1)
-    held_out_share: float = option(
-        0.1, help="Share of files or prompts that only measure.", min=0.001, max=0.9
+    held_out_share: float | None = option(
+        None,
+        help="Share of files, or of what prompts say, that only measures; 0.1 by default.",
+        min=0.001,
+        max=0.9,
     )
     max_sequence_length: int | None = option(None, help=LENGTH_HELP, min=1, max=512)
     device: str = option("auto", help=DEVICE_HELP)
@@ -92,15 +96,10 @@ def run_train(options: TrainOptions) -> None:
     if len(options.kinds) != 1:
         raise ConfigError(f"kinds must be one kind of evaluator, got {', '.join(options.kinds)}")
     with user_input():
-        kind = KINDS.get(options.kinds[0])
+        KINDS.get(options.kinds[0])
         device = pick_device(options.device)
-    if (kind.lesson in ("generated", "ranked")) != (options.data is not None):
-        raise ConfigError(
-            "data must be given for fidelity and preference, and for no other kind, got "
-            f"{options.data} for {options.kinds[0]}"
-        )
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    check_data(options)
+    check_folder(options.output)
     _train(options, find_model(options.model), device)
 
 
@@ -121,6 +120,7 @@ def _train(options: TrainOptions, model: ModelFiles, device: str) -> None:
             partial(read_captions, encode),
             options.training,
             folder=options.output.with_name(options.output.name + ".run"),
+            identity=identify(options, model),
         )
     data = {name: str(getattr(options, name) or "") for name in ("images", "data", "start")}
     card = save_evaluator(

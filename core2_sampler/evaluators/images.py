@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,19 +16,34 @@ from core2_sampler.guidance import weak
 from core2_sampler.rows import is_held_out
 from core2_sampler.trajectory import Record, TrajectoryStore
 
-Accept = Callable[[str], bool]
-"""Says whether a caption is wanted."""
+Edits = Callable[[str], Iterable[str]]
+"""Returns what one changed word makes of a caption."""
 
 
-class Captioned(Protocol):
+class Images(Protocol):
     """Real images as clean latents, with captions."""
 
-    def draw(self, step: int, count: int, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
-        """Return ``count`` at most with captions that ``accept`` wants, by the step alone."""
+    def draw(self, step: int, count: int) -> tuple[Tensor, list[str]]:
+        """Return ``count`` at most with their captions, by the step alone."""
         ...
 
-    def held_out(self, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
+    def held_out(self) -> tuple[Tensor, list[str]]:
         """Return those that ``draw`` never does."""
+        ...
+
+
+class Captioned(Images, Protocol):
+    """Images some of whose captions are edits of each other."""
+
+    def twins(self, edits: Edits) -> Images:
+        """Return the images in twos, each followed by one whose caption is an edit of its own.
+
+        Both are of the same part, so that no caption is only ever the wrong one. Images without
+        such a twin are left out.
+
+        Raises:
+            ValueError: a part has no twins.
+        """
         ...
 
 
@@ -51,7 +66,7 @@ class ImageFolder:
             if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
             and file.with_suffix(".txt").is_file()
         }
-        self._captions, self._encode = found, cache(lambda file: encode(file).cpu())
+        self.captions, self._encode = found, cache(lambda file: encode(file).cpu())
         self._parts = [
             [file for file in found if is_held_out(file.name, held_out_share) is part]
             for part in (False, True)
@@ -62,25 +77,62 @@ class ImageFolder:
                 f"some out, got {len(found)} in {folder}"
             )
 
-    def draw(self, step: int, count: int, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
+    def draw(self, step: int, count: int) -> tuple[Tensor, list[str]]:
         """Return images of the training part."""
-        files = self._wanted(self._parts[0], accept)
-        return self._take(random.Random(f"draw/{step}").sample(files, min(count, len(files))))
+        files = self._parts[0]
+        return self.take(random.Random(f"draw/{step}").sample(files, min(count, len(files))))
 
-    def held_out(self, accept: Accept | None = None) -> tuple[Tensor, list[str]]:
+    def held_out(self) -> tuple[Tensor, list[str]]:
         """Return the images of the other part."""
-        return self._take(self._wanted(self._parts[1], accept))
+        return self.take(self._parts[1])
 
-    def _wanted(self, files: Sequence[Path], accept: Accept | None) -> Sequence[Path]:
-        wanted = [file for file in files if accept is None or accept(self._captions[file])]
-        if not wanted:
-            raise ValueError("each part of the images must have fitting captions, got none")
-        return wanted
+    def twins(self, edits: Edits) -> Images:
+        """Return the images that have twins; see `Captioned`."""
+        return _FolderTwins(self, [self._twins(files, edits) for files in self._parts])
 
-    def _take(self, files: Sequence[Path]) -> tuple[Tensor, list[str]]:
+    def _twins(self, files: Sequence[Path], edits: Edits) -> dict[Path, list[Path]]:
+        """Return the twins of each of the files that has some, among these."""
+        by_caption: dict[str, list[Path]] = {}
+        for file in files:
+            by_caption.setdefault(self.captions[file], []).append(file)
+        each = {
+            file: [twin for text in edits(self.captions[file]) for twin in by_caption.get(text, ())]
+            for file in files
+        }
+        return {file: found for file, found in each.items() if found}
+
+    def take(self, files: Sequence[Path]) -> tuple[Tensor, list[str]]:
+        """Return these images with their captions."""
         return torch.stack([self._encode(file) for file in files]), [
-            self._captions[file] for file in files
+            self.captions[file] for file in files
         ]
+
+
+class _FolderTwins:
+    """Those images of a folder that have twins, each followed by one."""
+
+    def __init__(self, images: ImageFolder, parts: Sequence[dict[Path, list[Path]]]) -> None:
+        check_twins([len(part) for part in parts])
+        self._images, self._parts = images, parts
+
+    def draw(self, step: int, count: int) -> tuple[Tensor, list[str]]:
+        part, rng = self._parts[0], random.Random(f"twins/{step}")
+        files = rng.sample(list(part), min(count // 2, len(part)))
+        return self._images.take([f for file in files for f in (file, rng.choice(part[file]))])
+
+    def held_out(self) -> tuple[Tensor, list[str]]:
+        part = self._parts[1]
+        return self._images.take([f for file in part for f in (file, part[file][0])])
+
+
+def check_twins(counts: Sequence[int]) -> None:
+    """Raise ValueError unless the training and the held-out part have captions with twins."""
+    if not all(counts):
+        raise ValueError(
+            "captions must have edits (one word changed) that are captions of other images, in the "
+            f"training and in the held-out part, got {counts[0]} and {counts[1]} such captions: "
+            "give images of such edits, or hold more out"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +142,25 @@ class Finals:
     Attributes:
         x0: [n, C, H, W].
         records: whose they are, n.
+        says: returns what a prompt says, whatever its words.
     """
 
     x0: Tensor
     records: list[Record]
+    says: Callable[[str], str] = str
 
     def of(self, held_out: bool, share: float) -> list[int]:
-        """Return the indices of those whose prompt is held out, or of the others."""
-        parts = [is_held_out(record.prompt_id, share) for record in self.records]
+        """Return the indices of those of whose prompt what it says is held out, or the others."""
+        parts = [is_held_out(self.says(record.prompt), share) for record in self.records]
         return [i for i, part in enumerate(parts) if part is held_out]
 
 
-def final_latents(store: TrajectoryStore) -> Finals:
+def final_latents(store: TrajectoryStore, says: Callable[[str], str] = str) -> Finals:
     """Return the ends of the trajectories that CFG drove and whose last step the store holds.
 
     Args:
         store: what `core2 collect` filled; the last step is one Euler step from the final latents.
+        says: returns what a prompt says, whatever its words.
 
     Raises:
         ValueError: if there are none.
@@ -128,4 +183,4 @@ def final_latents(store: TrajectoryStore) -> Finals:
             f"{store.root} must hold last steps of trajectories that CFG drove, got none: collect "
             "with --steps-per-trajectory none"
         )
-    return Finals(torch.stack(x0), records)
+    return Finals(torch.stack(x0), records, says)

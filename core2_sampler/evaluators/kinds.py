@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -26,8 +25,8 @@ class Kind:
 
     Attributes:
         about: what it tells apart, for help texts and cards.
-        lesson: what a right example stands beside: ``captions`` of other images, ``edits`` of its
-            own caption, ``generated`` images, or ``ranked`` ones of the same prompt.
+        lesson: what a right example stands beside: other images and their ``captions``, images of
+            ``edits`` of its own caption, ``generated`` images, or ``ranked`` ones of its prompt.
         reads_prompt: whether the score depends on the prompt.
         judges_alone: whether the score depends on the latents alone, too.
         words: of ``edits``: groups of words that stand for each other.
@@ -62,10 +61,8 @@ KINDS.register("binding")(
 )
 
 
-def edit_words(
-    text: str, groups: tuple[tuple[str, ...], ...], rng: random.Random, swaps: bool = False
-) -> str | None:
-    """Return a caption with another meaning, or None where it has no word to change.
+def edits(text: str, groups: tuple[tuple[str, ...], ...], swaps: bool = False) -> list[str]:
+    """Return the captions of another meaning that one word makes of a caption, sorted.
 
     A word gives way to another of its group; where the caption has two of the group that differ,
     they change places, so that only their order tells. Words are matched in lower case.
@@ -73,27 +70,24 @@ def edit_words(
     Args:
         text: a caption.
         groups: words that stand for each other.
-        rng: draws the word and what replaces it.
         swaps: only let words of the caption change places.
     """
     spots: list[tuple[re.Match[str], tuple[str, ...]]] = [
         (match, group)
         for group in groups
-        if len(group) > 1
         for match in re.finditer(rf"\b({'|'.join(group)})\b", text)
     ]
-    if swaps:
-        spots = [(m, g) for m, g in spots if any(h is g and n[0] != m[0] for n, h in spots)]
-    if not spots:
-        return None
-    spot, group = rng.choice(spots)
-    others = [m for m, g in spots if g is group and m[0] != spot[0]]
-    if others:
-        first, second = sorted((spot, rng.choice(others)), key=lambda match: match.start())
-        middle = text[first.end() : second.start()]
-        return text[: first.start()] + second[0] + middle + first[0] + text[second.end() :]
-    word = rng.choice([word for word in group if word != spot[0]])
-    return text[: spot.start()] + word + text[spot.end() :]
+    found: set[str] = set()
+    for spot, group in spots:
+        others = [match for match, g in spots if g is group and match[0] != spot[0]]
+        for other in others:
+            first, second = sorted((spot, other), key=lambda match: match.start())
+            middle = text[first.end() : second.start()]
+            found.add(text[: first.start()] + second[0] + middle + first[0] + text[second.end() :])
+        if not others and not swaps:
+            words = [word for word in group if word != spot[0]]
+            found.update(text[: spot.start()] + word + text[spot.end() :] for word in words)
+    return sorted(found)
 
 
 def contrastive_loss(logits: Tensor, texts: list[str]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST = 0.1  # of a score, as a divisor: scores are logits, whose unit is 1
+_LEAST = 0.1  # of a score, as the printed formula's divisor
 _ROUNDING = 1e-6  # of a score's size: below it, candidates differ by rounding errors alone
 
 
@@ -36,17 +36,22 @@ def mixed(scores: Tensor, weights: Tensor, *, raw: bool = False) -> Tensor:
     return (weights[:, None] * (scores if raw else normalised(scores))).sum(0)
 
 
-def adaptive_weights(now: Tensor, before: Tensor | None, *, upstream: bool = False) -> Tensor:
+def adaptive_weights(scores: Tensor, before: Tensor | None, *, upstream: bool = False) -> Tensor:
     """Return the weight of each evaluator for each sample: its relative gain since the last step.
 
-    The paper's ``(e_t - e_{t+1}) / e_{t+1}`` weighs a loss negatively, and a gain too where the
-    score is negative. Here a gain over a score's size counts, a loss is 0, and weights sum to 1;
-    where nothing gained they are equal, as in the first step. The divisor is 0.1 at least.
+    The paper's ``(e_t - e_{t+1}) / e_{t+1}`` depends on where an evaluator's scores have their
+    zero, which no training by comparisons fixes. Here a gain is relative to how far the candidates
+    moved: with ``m_k`` the score of candidate k less the mean score of the step before, it is
+    ``mean(m) / sqrt(mean(m^2))``. That is the mean move alone where candidates agree (1) and
+    nothing where their spread hides it (0), and it is the same for ``a e + b`` with any a > 0.
+    A loss counts as 0, and so do moves that are rounding errors. Weights sum to 1; where nothing
+    gained they are equal, as in the first step.
 
     Args:
-        now: mean score of the candidates, [E, B]; the paper's weight has no index of them.
-        before: the same of the step before; None in the first step.
-        upstream: the paper's formula as printed, but for the least divisor.
+        scores: of the candidates, [E, K, B].
+        before: their mean in the step before, [E, B]; the paper's weight has no index of them.
+            None in the first step.
+        upstream: the paper's formula as printed, of mean scores, with a divisor of 0.1 at least.
 
     Returns:
         Weights, [E, B].
@@ -54,12 +59,14 @@ def adaptive_weights(now: Tensor, before: Tensor | None, *, upstream: bool = Fal
     Reference:
         arXiv 2509.16131: the adaptive combination of evaluators.
     """
-    equal = torch.full_like(now, 1 / len(now))
+    equal = torch.full_like(scores[:, 0], 1 / len(scores))
     if before is None:
         return equal
-    size = before.abs().clamp(min=_LEAST)
+    gain = scores.mean(1) - before  # [E, B]
     if upstream:
-        return (now - before) / size.copysign(before)
-    gain = ((now - before) / size).clamp(min=0)
+        return gain / before.abs().clamp(min=_LEAST).copysign(before)
+    size = (scores - before[:, None]).square().mean(1).sqrt()
+    least = _ROUNDING * before.abs().clamp(min=1)
+    gain = torch.where(size > least, gain / size.maximum(least), 0).clamp(min=0)
     total = gain.sum(0)  # [B]
-    return torch.where(total > 0, gain / total.clamp(min=torch.finfo(now.dtype).tiny), equal)
+    return torch.where(total > 0, gain / total.clamp(min=torch.finfo(gain.dtype).tiny), equal)

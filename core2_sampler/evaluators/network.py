@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,10 +20,29 @@ from core2_sampler.precision import wide
 from core2_sampler.samplers import Path as NoisePath
 from core2_sampler.types import Conditioning
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _STEM = 32  # channels of the first convolution
 _HEAD = 64  # width of an attention head
 _TOKENS = 16  # a side, at the model's own size
 _HIGHEST_SCALE = math.log(100)  # of cosines, as in CLIP
+
+
+def _without_autocast(
+    method: Callable[Concatenate[LatentEvaluator, P], R],
+) -> Callable[Concatenate[LatentEvaluator, P], R]:
+    """Let a method compute in the precision of the weights."""
+
+    @wraps(method)
+    def run(self: LatentEvaluator, *args: P.args, **kwargs: P.kwargs) -> R:
+        kind = self.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class LatentEvaluator(ModelMixin, ConfigMixin):
@@ -30,7 +51,9 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
     The latents of every family are brought to the flow ``(1 - s) x0 + s noise`` first, so one
     network serves any noise schedule of a latent space. The score is a scaled cosine of what it
     sees in the latents and reads in the prompt, a linear reading of the latents alone, or both, as
-    its kind says. It is saved with ``save_pretrained`` as ``config.json`` and safetensors.
+    its kind says. It is saved with ``save_pretrained`` as ``config.json`` and safetensors, and
+    loaded in float32. It computes in the precision of its weights, whatever autocast is on:
+    candidates one step ahead differ by less than bfloat16 can tell.
     """
 
     @register_to_config
@@ -164,10 +187,18 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
             conditioning: the prompts, B rows.
 
         Raises:
-            ValueError: latents of another space, or on another device.
+            ValueError: latents or prompts of another space, or latents on another device.
         """
+        widths = conditioning.prompt_embeds.shape[-1], conditioning.pooled.shape[-1]
+        if widths != (self.config.prompt_dim, self.config.pooled_dim):
+            raise ValueError(
+                f"prompts must have the widths {self.config.prompt_dim} and "
+                f"{self.config.pooled_dim} for this {self.config.kind} evaluator, got {widths[0]} "
+                f"and {widths[1]}: train one for this model"
+            )
         return self.score(self.see(x, sigma), self.read(conditioning))
 
+    @_without_autocast
     def see(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return what it sees in latents, [B, W]."""
         self.check_latents(x.shape[1])
@@ -187,6 +218,7 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
             tokens = block(tokens)
         return self.norm_out(tokens).mean(1)
 
+    @_without_autocast
     def read(self, conditioning: Conditioning) -> Tensor | None:
         """Return what it reads in prompts, [B, W]; None where its kind reads none."""
         if not self.kind.reads_prompt:
@@ -197,6 +229,7 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
         gathered = self.gather(query, words, words, need_weights=False)[0]
         return self.prompt_out(query + gathered)[:, 0]
 
+    @_without_autocast
     def score(self, seen: Tensor, read: Tensor | None) -> Tensor:
         """Return the score [B] of what `see` and `read` returned, [B, W] each."""
         total = torch.zeros(len(seen), device=seen.device)
@@ -206,6 +239,7 @@ class LatentEvaluator(ModelMixin, ConfigMixin):
             total = total + self.quality(seen)[:, 0].float()
         return total
 
+    @_without_autocast
     def match(self, seen: Tensor, read: Tensor) -> Tensor:
         """Return the scaled cosine of each image with each prompt, [B, B]."""
         return self._unit_image(seen) @ _unit(read).mT * self._scale()

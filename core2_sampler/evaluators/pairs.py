@@ -6,18 +6,17 @@ Images are clean latents, as the denoiser's own VAE makes them; noise is added i
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
+from itertools import permutations
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from core2_sampler.evaluators.images import Captioned, Finals
-from core2_sampler.evaluators.kinds import edit_words
-
-_SURVEY = 512  # captions that tell which words occur
+from core2_sampler.evaluators.images import Captioned, Finals, Images
+from core2_sampler.evaluators.kinds import edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +26,14 @@ class Pairs:
     Attributes:
         x0: clean latents, [B, C, H, W].
         texts: their captions, B.
-        other_x0: the wrong examples' latents; None where they are the same.
-        other_texts: the wrong examples' captions; None where they are the same.
+        other_x0: the other examples' latents, as `x0`.
+        other_texts: captions that the others are right under, B; None where the others are worse
+            ones under the same.
     """
 
     x0: Tensor
     texts: list[str]
-    other_x0: Tensor | None = None
+    other_x0: Tensor
     other_texts: list[str] | None = None
 
 
@@ -41,7 +41,7 @@ class PairSource(Protocol):
     """Where an evaluator gets its pairs from."""
 
     def train(self, step: int, count: int) -> Pairs:
-        """Return the pairs of a step, ``count`` at most; a function of the step alone."""
+        """Return a step's pairs of ``count`` right examples at most, by the step alone."""
         ...
 
     def held_out(self, count: int) -> Iterator[Pairs]:
@@ -50,9 +50,9 @@ class PairSource(Protocol):
 
 
 class CaptionPairs:
-    """Images with their own captions, beside the same images with other images' captions."""
+    """Images with their own captions, beside other images with theirs."""
 
-    def __init__(self, images: Captioned) -> None:
+    def __init__(self, images: Images) -> None:
         """Take the images."""
         self._images = images
 
@@ -68,67 +68,52 @@ class CaptionPairs:
 
 
 def _rolled(x0: Tensor, texts: list[str]) -> Pairs:
-    """Give each image the next other caption."""
-    others = []
+    """Put the next image with another caption beside each."""
+    others, count = [], len(texts)
     for i, text in enumerate(texts):
-        later = (*texts[i + 1 :], *texts[:i])
-        others.append(next((other for other in later if other != text), text))
-    return Pairs(x0, texts, other_texts=others)
+        later = (j % count for j in range(i + 1, i + count))
+        others.append(next((j for j in later if texts[j] != text), i))
+    return Pairs(x0, texts, x0[others], [texts[j] for j in others])
 
 
 class EditPairs:
-    """Images with their own captions, beside the same images with one word of these changed."""
+    """Images with their own captions, beside images of these captions with one word changed.
+
+    Each is right under its own caption and wrong under the other's, so that nothing is learned
+    from a caption alone.
+    """
 
     def __init__(
         self, images: Captioned, words: tuple[tuple[str, ...], ...], swaps: bool = False
     ) -> None:
         """Take the images, groups of words that stand for each other, and whether these only swap.
 
-        Words that no caption has are left out: they would tell the wrong caption by themselves.
-
         Raises:
-            ValueError: the captions have no words to change.
+            ValueError: the images have no such captions.
         """
-        self._images, self._swaps = images, swaps
-        _, texts = images.draw(
-            0, _SURVEY, lambda text: edit_words(text, words, _fixed(), swaps) is not None
-        )
-        seen = {word for text in texts for word in re.findall(r"\w+", text)}
-        self._words = tuple(tuple(word for word in group if word in seen) for group in words)
-        self._accept = cache(
-            lambda text: edit_words(text, self._words, _fixed(), swaps) is not None
-        )
-        if not any(self._accept(text) for text in texts):
-            raise ValueError(
-                f"captions must have at least two of the words {words}, got {len(texts)} captions "
-                f"with {sorted(seen & {word for group in words for word in group})}"
-            )
+        self._twins = images.twins(partial(edits, groups=words, swaps=swaps))
 
     def train(self, step: int, count: int) -> Pairs:
-        """Return the pairs of a step."""
-        return self._edited(*self._images.draw(step, count, self._accept), f"edit/{step}")
+        """Return the pairs of a step; both of a pair count as right examples."""
+        return _split(*self._twins.draw(step, count))
 
     def held_out(self, count: int) -> Iterator[Pairs]:
         """Yield the held-out pairs."""
-        x0, texts = self._images.held_out(self._accept)
-        for start in range(0, len(texts), count):
-            part = slice(start, start + count)
-            yield self._edited(x0[part], texts[part], f"held out/{start}")
-
-    def _edited(self, x0: Tensor, texts: list[str], seed: str) -> Pairs:
-        rng = random.Random(seed)
-        others = [edit_words(text, self._words, rng, self._swaps) or text for text in texts]
-        return Pairs(x0, texts, other_texts=others)
+        x0, texts = self._twins.held_out()
+        for start in range(0, len(texts), 2 * (count // 2)):
+            part = slice(start, start + 2 * (count // 2))
+            yield _split(x0[part], texts[part])
 
 
-def _fixed() -> random.Random:
-    return random.Random(0)
+def _split(x0: Tensor, texts: list[str]) -> Pairs:
+    """Return twins, which follow each other, side by side."""
+    return Pairs(x0[::2], texts[::2], x0[1::2], texts[1::2])
 
 
 class RealPairs:
     """Real images beside generated ones."""
 
-    def __init__(self, images: Captioned, generated: Finals, held_out_share: float) -> None:
+    def __init__(self, images: Images, generated: Finals, held_out_share: float) -> None:
         """Take real images, generated ones, and the share of these to hold out.
 
         Raises:
@@ -166,15 +151,25 @@ class RankedPairs:
 
         Args:
             generated: with several of a prompt.
-            ranks: of each image; the greater is better, the first number that differs decides.
-            held_out_share: share of the prompts to hold out.
+            ranks: what each scorer says of each image, the greater the better; the first that
+                differs by more than its standard deviation over the images of a prompt decides.
+                Less is as good as a tie, and would teach noise: pairs that tie in all are dropped.
+            held_out_share: share of what prompts say to hold out.
 
         Raises:
             ValueError: a part has no two images of a prompt that differ in rank.
         """
         self._generated = generated
+        by_prompt = _by_prompt(generated, range(len(generated.records)))
+        margins = _margins([[ranks[i] for i in same] for same in by_prompt])
         self._parts = [
-            _ranked(generated, ranks, generated.of(part, held_out_share)) for part in (False, True)
+            [
+                (a, b)
+                for same in _by_prompt(generated, generated.of(part, held_out_share))
+                for a, b in permutations(same, 2)
+                if _better(ranks[a], ranks[b], margins)
+            ]
+            for part in (False, True)
         ]
         _check_parts(self._parts, held_out_share)
 
@@ -193,16 +188,28 @@ class RankedPairs:
         return Pairs(self._generated.x0[better], texts, self._generated.x0[worse])
 
 
-def _ranked(
-    generated: Finals, ranks: Sequence[tuple[float, ...]], chosen: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Return all (better, worse) among the chosen images of each prompt."""
-    by_prompt: dict[str, list[int]] = {}
+def _by_prompt(generated: Finals, chosen: Iterable[int]) -> list[list[int]]:
+    """Return the chosen images, those of a prompt together."""
+    found: dict[str, list[int]] = {}
     for i in chosen:
-        by_prompt.setdefault(generated.records[i].prompt_id, []).append(i)
-    return [
-        (a, b) for same in by_prompt.values() for a in same for b in same if ranks[a] > ranks[b]
-    ]
+        found.setdefault(generated.records[i].prompt_id, []).append(i)
+    return list(found.values())
+
+
+def _margins(ranks: Sequence[Sequence[tuple[float, ...]]]) -> list[float]:
+    """Return the standard deviation of each scorer over the images of a prompt, pooled."""
+    centred = []
+    for same in ranks:
+        told = torch.tensor(same, dtype=torch.float64)  # [images, scorers]
+        centred.append(told - told.mean(0))
+    return torch.cat(centred).square().mean(0).sqrt().tolist()
+
+
+def _better(first: tuple[float, ...], second: tuple[float, ...], margins: Sequence[float]) -> bool:
+    """Return whether the first scorer that tells two images apart prefers the first image."""
+    leads = (a - b for a, b in zip(first, second, strict=True))
+    clear = (lead for lead, margin in zip(leads, margins, strict=True) if abs(lead) > margin)
+    return next(clear, 0.0) > 0
 
 
 def _check_parts(parts: Sequence[Sequence[Any]], share: float) -> None:

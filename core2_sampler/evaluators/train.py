@@ -1,13 +1,15 @@
 """Train a latent evaluator: one loop and one measure for every kind.
 
 What is measured is how often a right example scores above the wrong one beside it, on held-out
-images; chance is one half.
+images; chance is one half. Where it depends on captions, both images are compared under a caption
+and both captions under an image: who knows the captions alone, or the images alone, is right by
+chance.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ def train_evaluator(
     *,
     folder: Path | None = None,
     log: Log = print,
+    identity: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Train an evaluator in place; it ends with the averaged weights.
 
@@ -59,6 +62,7 @@ def train_evaluator(
         config: how to train.
         folder: where the checkpoint lives; the same call after a kill continues from it.
         log: called with lines of progress.
+        identity: what the training is of, as `core2_sampler.training.fit` takes it.
 
     Returns:
         Losses, and evaluations with the ``accuracy`` over all noise levels and ``by_noise``.
@@ -72,7 +76,15 @@ def train_evaluator(
             "an evaluator must be measured on held-out pairs, got none: give more data"
         )
     work = _Lesson(evaluator, source, read, config)
-    return fit(evaluator, work.loss, config, folder=folder, evaluate=work.evaluate, log=log)
+    return fit(
+        evaluator,
+        work.loss,
+        config,
+        folder=folder,
+        evaluate=work.evaluate,
+        log=log,
+        identity=identity,
+    )
 
 
 def save_evaluator(
@@ -132,8 +144,8 @@ class _Lesson:
                 raise ValueError(f"a {net.config.kind} evaluator must read prompts")
             seen = self._see(pairs.x0, share, generator)
             return contrastive_loss(net.match(seen, read), pairs.texts)
-        right, wrong = self._scores(pairs, self._read(pairs), share, generator)
-        return real_loss(right, wrong) if lesson == "generated" else ranking_loss(right, wrong)
+        better, worse = self._scores(pairs, self._read(pairs), share, generator)
+        return real_loss(better, worse) if lesson == "generated" else ranking_loss(better, worse)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -151,7 +163,7 @@ class _Lesson:
         return {"accuracy": sum(by_noise.values()) / len(by_noise), "by_noise": by_noise}
 
     def _read(self, pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the evaluator reads in the prompts of the right and the wrong examples."""
+        """Return what the evaluator reads in the captions of the right and the other examples."""
         net = self.evaluator
         if not net.kind.reads_prompt:
             return None, None
@@ -165,12 +177,22 @@ class _Lesson:
         share: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Return the scores of the right and the wrong examples, [B] each, with the same noise."""
+        """Return what should score better and what worse: images with the same noise, [B] each.
+
+        Where the others have captions of their own, [4 B]: two images under each caption, as a run
+        compares candidates, and two captions under each image.
+        """
         net, state = self.evaluator, generator.get_state()
-        seen = other_seen = self._see(pairs.x0, share, generator)
-        if pairs.other_x0 is not None:
-            other_seen = self._see(pairs.other_x0, share, generator.set_state(state))
-        return net.score(seen, read[0]), net.score(other_seen, read[1])
+        seen = self._see(pairs.x0, share, generator)
+        other_seen = self._see(pairs.other_x0, share, generator.set_state(state))
+        own, other = net.score(seen, read[0]), net.score(other_seen, read[1])
+        if pairs.other_texts is None:
+            return own, other
+        wrong, other_wrong = net.score(other_seen, read[0]), net.score(seen, read[1])
+        return (
+            torch.cat([own, own, other, other]),
+            torch.cat([wrong, other_wrong, other_wrong, wrong]),
+        )
 
     def _see(self, x0: Tensor, share: Tensor, generator: torch.Generator) -> Tensor:
         """Noise clean latents and return what the evaluator sees in them."""

@@ -76,16 +76,15 @@ class Online:
             gap: what the scale multiplies, as `cond`.
         """
         scores = self._scores(state, prompt, cond, gap)  # [E, K, B]
-        now = scores.mean(1)
         if self.weights is None:
             upstream = self.rule.upstream
-            equal = adaptive_weights(now, None)
-            gained = adaptive_weights(now, self.mean, upstream=upstream)
+            equal = adaptive_weights(scores, None)
+            gained = adaptive_weights(scores, self.mean, upstream=upstream)
             total = mixed(scores, torch.where(self.asked, gained, equal), raw=upstream)
         else:
             total = mixed(scores, self.weights)
         scale = self.candidates[total.argmax(0)]  # [B]
-        self.mean.copy_(now)
+        self.mean.copy_(scores.mean(1))
         self.asked.fill_(True)
         self.picked.index_copy_(0, state.step[:1], scale[None])
         state.guide(scale)

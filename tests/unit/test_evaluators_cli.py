@@ -8,17 +8,24 @@ from functools import partial
 import pytest
 import torch
 
+from core2_sampler.benchmarks.scorers.shapes import demand
 from core2_sampler.cli import evaluator_data
-from core2_sampler.cli.evaluator_data import ShapesImages, encode_pixels, rank
+from core2_sampler.cli.evaluator_data import ShapesImages, encode_pixels, rank, says
 from core2_sampler.cli.evaluators import app, read_captions
 from core2_sampler.cli.loading import load_model
 from core2_sampler.config import ConfigError
 from core2_sampler.evaluators import load_evaluator, shipped
 from core2_sampler.evaluators.images import Finals
+from core2_sampler.evaluators.kinds import KINDS, edits
+from core2_sampler.evaluators.network import LatentEvaluator
+from core2_sampler.evaluators.pairs import EditPairs
+from core2_sampler.fitting import find_fitting_evaluator
 from core2_sampler.model_files import find_model
 from core2_sampler.shapes.batches import sample_scenes
 from core2_sampler.shapes.world import held_out_prompts
+from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.trajectory import Record
+from core2_sampler.types import Conditioning
 
 
 def call(*args):
@@ -31,6 +38,9 @@ def call(*args):
         (["algnment"], "did you mean 'alignment'"),
         (["fidelity"], "data must be given for fidelity and preference"),
         (["alignment", "--data", "somewhere"], "data must be given for fidelity and preference"),
+        (["numeracy", "--scorers", "shapes"], "scorers has no effect for numeracy; leave it out"),
+        (["preference", "--data", "a", "--images", "b"], "images has no effect for preference"),
+        (["alignment", "--held-out-share", "0.1"], "has no effect for alignment on rendered"),
         (["alignment", "numeracy"], "one kind of evaluator, got alignment, numeracy"),
         (["alignment", "--model", "shapes-sd4"], "unknown model"),
     ],
@@ -52,6 +62,8 @@ def test_an_evaluator_is_trained_and_saved_with_its_card(tmp_path, monkeypatch):
     assert (
         card["steps"] == 2 and card["model"] == "shapes-sd3" and 0 < card["held_out_accuracy"] < 1
     )
+    with pytest.raises(ConfigError, match="resume with its own settings, got .* other kind in"):
+        call("train", "attribute", *small, "--evaluations", "1", "--device", "cpu", "-o", str(out))
     monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "shipped")
     call("ship", str(out))
     found = shipped.find_evaluator("shapes-numeracy", "sd3")
@@ -92,7 +104,57 @@ def test_captions_are_encoded_as_prompts_are(pipe):
 def test_held_out_captions_are_not_those_of_training(pipe, monkeypatch):
     monkeypatch.setattr(evaluator_data, "_BANK", (64, 16))
     images = ShapesImages(pipe)
-    held_out = held_out_prompts(480, "val")
-    x0, texts = images.draw(0, 8, lambda text: " and " in text)
-    assert len(x0) == len(texts) == 8 and all(" and " in text for text in texts)
-    assert not {prompt.text for prompt in held_out} & set(texts)
+    x0, texts = images.draw(0, 8)
+    assert len(x0) == len(texts) == 8
+    assert not {prompt.text for prompt in held_out_prompts(480, "val")} & set(texts)
+
+
+@pytest.mark.parametrize("kind", ["numeracy", "attribute", "binding"])
+def test_a_caption_and_its_edit_are_of_one_split_and_each_shows_in_its_image(
+    pipe, monkeypatch, kind
+):
+    monkeypatch.setattr(evaluator_data, "_BANK", (64, 16))
+    monkeypatch.setattr(evaluator_data, "_VAL_PROMPTS", 40)
+    asked = KINDS.get(kind)
+    source = EditPairs(ShapesImages(pipe), asked.words, asked.swaps)
+    training, held_out = [source.train(step, 16) for step in range(6)], list(source.held_out(16))
+    assert [len(pairs.texts) for pairs in held_out] == [8, 8, 4]
+    splits = [set(), set()]
+    for found, batches in zip(splits, (training, held_out), strict=True):
+        for pairs in batches:
+            for text, other in zip(pairs.texts, pairs.other_texts, strict=True):
+                assert other in edits(text, asked.words, asked.swaps)
+                found |= {demand(text).split, demand(other).split}
+    assert splits == [{"train"}, {"val", "test"}]
+    pairs = held_out[0]
+    for texts, right in ((pairs.texts, True), (pairs.other_texts, False)):
+        records = [Record(text, text, 0, 0, 4.0) for text in texts]
+        verdicts = [ranks[0] for ranks in rank(Finals(pairs.x0, records), ["shapes"], pipe)]
+        assert sum(verdicts) >= 6 if right else sum(verdicts) <= 1
+
+
+def test_what_a_prompt_says_does_not_depend_on_its_words():
+    assert says("a star left of a ring") == says("a photo of a ring right of a star")
+    assert says("a red star and a blue ring") == says("an icon of a blue ring and a red star")
+    assert says("a sketch of a star") == says("a star") != says("a ring")
+    assert says("two red stars") != says("three red stars")
+    assert says("A  dog") == says("a dog") != says("a cat")
+
+
+@pytest.mark.parametrize("make", [tiny_sd3_pipeline, tiny_sdxl_pipeline, tiny_flux_pipeline])
+def test_an_evaluator_of_another_model_of_the_family_is_refused_by_its_config(make, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "model")
+    model = find_model(str(tmp_path / "model"))
+    length = {} if model.tokens is None else {"max_sequence_length": 16}
+    prompt, _ = pipe.family.encode(pipe, ["a"], **length)
+    x = torch.empty(1, model.channels, 8, 8)
+    wider = Conditioning(prompt.prompt_embeds.repeat(1, 1, 2), prompt.pooled)
+    deeper = Conditioning(prompt.prompt_embeds, prompt.pooled.repeat(1, 2))
+    for name, read in (("own", prompt), ("prompt_dim", wider), ("pooled_dim", deeper)):
+        other = LatentEvaluator.for_model("fidelity", model.family, x, read, width=64, num_layers=1)
+        other.save_config(tmp_path / name)
+    assert find_fitting_evaluator(tmp_path / "own", model) == tmp_path / "own"
+    for name in ("prompt_dim", "pooled_dim"):
+        with pytest.raises(ConfigError, match=f"an evaluator must have the {name} .* got"):
+            find_fitting_evaluator(tmp_path / name, model)

@@ -277,23 +277,36 @@ def test_fixed_weights_count_as_often_as_they_say():
         assert rule(pair).tolist() == [pick]
 
 
-# Two evaluators by four samples, worked out by hand:
-#   gains (now - before) / max(|before|, 0.1)
-#   sample 0: (3 - 2) / 2 = 0.5, (12 - 8) / 8 = 0.5        -> equal shares
-#   sample 1: (-1 + 2) / 2 = 0.5, (4 - 8) / 8 < 0 = 0      -> a gain below 0 counts, a loss is 0
-#   sample 2: (1 - 2) / 2 < 0, (7 - 8) / 8 < 0             -> nothing gained: equal
-#   sample 3: (0.3 - 0) / 0.1 = 3, (16 - 8) / 8 = 1        -> no division by 0
-BEFORE = torch.tensor([[2.0, -2.0, 2.0, 0.0], [8.0, 8.0, 8.0, 8.0]])
-NOW = torch.tensor([[3.0, -1.0, 1.0, 0.3], [12.0, 4.0, 7.0, 16.0]])
+# Two evaluators by five samples, two candidates each at `NOW` -+ `SPREAD`, worked out by hand:
+#   gains (now - before) / sqrt((now - before)^2 + spread^2)
+#   sample 0: 3 / 5 = 6 / 10                               -> equal shares
+#   sample 1: 4 / 5, and a loss                            -> a gain below 0 counts, a loss is 0
+#   sample 2: two losses                                   -> nothing gained: equal
+#   sample 3: 4 / 5 from 0, 3 / 5                          -> no division by 0
+#   sample 4: nothing moved, 3 / 5                         -> nor here
+BEFORE = torch.tensor([[2.0, -2.0, 2.0, 0.0, 1.0], [8.0, 8.0, 8.0, 8.0, 1.0]])
+NOW = torch.tensor([[5.0, 2.0, 1.0, 4.0, 1.0], [14.0, 4.0, 7.0, 11.0, 4.0]])
+SPREAD = torch.tensor([[4.0, 3.0, 1.0, 3.0, 0.0], [8.0, 3.0, 1.0, 4.0, 4.0]])
+SCORES = torch.stack([NOW - SPREAD, NOW + SPREAD], 1)
 
 
 def test_adaptive_weights_are_those_worked_out_by_hand():
-    wanted = torch.tensor([[0.5, 1.0, 0.5, 0.75], [0.5, 0.0, 0.5, 0.25]])
-    torch.testing.assert_close(adaptive_weights(NOW, BEFORE), wanted)
-    assert torch.equal(adaptive_weights(NOW, None), torch.full((2, 4), 0.5))
+    wanted = torch.tensor([[0.5, 1.0, 0.5, 4 / 7, 0.0], [0.5, 0.0, 0.5, 3 / 7, 1.0]])
+    torch.testing.assert_close(adaptive_weights(SCORES, BEFORE), wanted)
+    assert torch.equal(adaptive_weights(SCORES, None), torch.full((2, 5), 0.5))
     # as printed: signed, not scaled to 1
-    printed = torch.tensor([[0.5, -0.5, -0.5, 3.0], [0.5, -0.5, -0.125, 1.0]])
-    torch.testing.assert_close(adaptive_weights(NOW, BEFORE, upstream=True), printed)
+    printed = torch.tensor([[1.5, -2.0, -0.5, 40.0, 0.0], [0.75, -0.5, -0.125, 0.375, 3.0]])
+    torch.testing.assert_close(adaptive_weights(SCORES, BEFORE, upstream=True), printed)
+
+
+@pytest.mark.parametrize("zero", [-50.0, -2.0, 10.0])
+@pytest.mark.parametrize("unit", [0.01, 1.0, 100.0])
+def test_adaptive_weights_know_neither_zero_nor_unit_of_a_score(zero, unit):
+    scores, before = random(2, 5, 64).double(), random(2, 64, seed=1).double()
+    a, b = torch.tensor([[unit], [1.0]]), torch.tensor([[zero], [0.0]])
+    other = adaptive_weights(a[:, None] * scores + b[:, None], a * before + b)
+    torch.testing.assert_close(other, adaptive_weights(scores, before))
+    assert len(other.unique()) > 20
 
 
 def test_adaptive_weights_listen_to_the_evaluator_that_gains():

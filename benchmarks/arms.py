@@ -7,7 +7,7 @@ the ``Arm`` that runs. Later studies add their own specs to ``ARMS``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +240,28 @@ for _name, _spec in {
     ),
 }.items():
     ARMS.register(_name)(_spec)
+
+
+def coinciding(arms: Sequence[Arm], in_model: Container[str | None]) -> dict[str, str]:
+    """Find arms that take the very steps of another one.
+
+    Args:
+        arms: of one study. Of those that are the same the first without a head stays, or the first.
+        in_model: which of their heads work inside the denoiser.
+
+    Returns:
+        By name of each arm that need not be run, the arm that it is the same as.
+    """
+    names: dict[Any, str] = {}
+    same: dict[str, str] = {}
+    for arm in sorted(arms, key=lambda arm: arm.head is not None):
+        plan = arm.plan(arm.head in in_model)
+        head = arm.head if plan.needs_head else None
+        found = names.setdefault((plan.steps, plan.upstream, head, arm.evaluators), arm.name)
+        if found != arm.name:
+            same[arm.name] = found
+    return same
+
 
 FIRST_TABLE = (
     "cond",

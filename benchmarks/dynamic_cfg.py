@@ -7,17 +7,18 @@ and schedules that see nothing. The judge itself, asked in each step, is the cei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core2_sampler.benchmarks.arms import ARMS, Arm, build_arms
+from core2_sampler.benchmarks.heads import head_folders
 from core2_sampler.benchmarks.notes import COUNTED, PAIRED, VALUES
 from core2_sampler.benchmarks.options import StudyConfig, check_out, command_line
 from core2_sampler.config import ConfigError, option
-from core2_sampler.fitting import find_fitting_evaluator
+from core2_sampler.fitting import find_fitting_evaluator, find_head
 from core2_sampler.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
@@ -32,10 +33,13 @@ TAKEN = ("fixed", "adaptive", "mean", "shuffled")
 
 NOTES = (
     f"{VALUES}, clip score the cosine of the Shapes CLIP. {PAIRED}, with the constant scale "
-    "that did best on these very images, which favours it. The effective scale of CFG is the mean "
-    "of its scales over steps and images, cond counting 1. The Frechet distance, to renders of the "
-    "same prompts in the Shapes CLIP's features, has no interval: resampled images are further "
-    f"from any reference than the images themselves. {COUNTED}."
+    "that did best on these very images, which favours it. The effective scale is the mean of the "
+    "scales over steps and images, cond counting 1; arms that pick theirs have no other. The "
+    "Frechet distance, to renders of the same prompts in the Shapes CLIP's features, has no "
+    "interval: resampled images are further from any reference than the images themselves. "
+    f"{COUNTED}. An evaluator of kind preference is trained on pairs that the judge and the Shapes "
+    "CLIP rank, which score this table as well: its gains are weaker evidence than those of the "
+    "others. p-values are corrected over all differences of the list (Holm)."
 )
 
 
@@ -46,7 +50,9 @@ class DynamicCfgConfig:
     study: StudyConfig
     steps: int = option(28, help="Number of steps N.", min=2)
     scales: tuple[float, ...] = option(
-        (1.0, 2.0, 3.0, 4.5, 7.5, 11.0, 15.0), help="Constant scales of the sweep.", min=1
+        (1.0, 2.0, 2.5, 3.0, 3.5, 4.5, 6.0, 7.5, 11.0),
+        help="Constant scales of the sweep.",
+        min=1,
     )
     candidates: tuple[float, ...] = option(
         (1.0, 3.0, 7.5, 11.0, 15.0), help="Scales that are picked from.", min=1
@@ -55,6 +61,11 @@ class DynamicCfgConfig:
         None,
         help="At least two evaluators: kinds of shipped ones, or folders; by default all that are "
         "shipped for the model.",
+    )
+    heads: tuple[str, ...] = option(
+        (),
+        help="Folders of heads on outputs, tap=FOLDER: scales are also picked in steps that they "
+        "make fast; the model's own is known.",
     )
     out: Path = option(
         Path("out/dynamic-cfg.md"), help="The table; its JSON and a plot lie beside it."
@@ -75,16 +86,22 @@ def bench_dynamic_cfg(config: DynamicCfgConfig) -> None:
         raise ModuleNotFoundError("the plot needs matplotlib: pip install 'core2-sampler[bench]'")
     model = find_model(config.study.model)
     folders = evaluator_folders(config, model)
+    heads, inside = asked_heads(config, model)
     study = open_study(config.study, model)
     from core2_sampler.atomic import write_atomic
+    from core2_sampler.benchmarks.dynamic_page import cost_note, verdicts
     from core2_sampler.benchmarks.dynamic_runs import pattern_plot, run_study
-    from core2_sampler.benchmarks.study_table import write_study
+    from core2_sampler.benchmarks.study_table import choice_note, write_study
 
-    runs = run_study(study, config, _load(folders, str(study.pipe.device)))
+    evaluators = _load(folders, str(study.pipe.device))
+    runs = run_study(study, config, evaluators, heads)
     plot = config.out.with_suffix(".png")
     write_atomic(plot, pattern_plot(study, runs))
     rows = runs.rows(study, command_line(config))
-    text = f"![Scales picked in each step]({plot.name})\n\n{legend(config, runs)}\n\n{NOTES}"
+    kinds = [evaluator.config.kind for evaluator in evaluators.values()]
+    parts = [f"![Scales picked in each step]({plot.name})", legend(config, runs, inside)]
+    parts += [verdicts(study, runs), cost_note(study.family, kinds, len(config.candidates))]
+    text = "\n\n".join([*parts, f"{NOTES} {choice_note(config.study)}"])
     write_study(config, study, rows, "Shapes: scales picked while sampling", text)
 
 
@@ -114,6 +131,23 @@ def evaluator_folders(config: DynamicCfgConfig, model: ModelFiles) -> dict[str, 
     return folders
 
 
+def asked_heads(config: DynamicCfgConfig, model: ModelFiles) -> tuple[dict[str, str], list[str]]:
+    """Return the folders of the heads on outputs by name, and the names of all others.
+
+    A head inside the denoiser makes the guided prediction in one pass at one scale: there is no gap
+    that other scales could be tried on.
+
+    Raises:
+        ConfigError: as `head_folders`.
+    """
+    names: dict[str, str] = {}
+    for name, folder in head_folders(config.heads, model).items():
+        names.setdefault(folder, name)  # the model's own one has two
+    found = {name: find_head(folder, model) for folder, name in names.items()}
+    inside = [name for name, head in found.items() if head is not None and head.in_model]
+    return {name: folder for folder, name in names.items() if name not in inside}, inside
+
+
 def _load(folders: dict[str, Path], device: str) -> dict[str, LatentEvaluator]:
     from core2_sampler.evaluators import load_evaluator
 
@@ -130,16 +164,36 @@ def static_arms(config: DynamicCfgConfig, scale: float) -> list[Arm]:
     return build_arms(STATIC_ARMS, config.steps, scale, {})
 
 
+def fast_arms(config: DynamicCfgConfig, heads: Mapping[str, str], scale: float) -> dict[str, Arm]:
+    """Return, by name of each head on outputs, the arm that it makes all steps of at a scale."""
+    return {
+        name: Arm(f"{name}-fast", "core", config.steps, scale, folder)
+        for name, folder in heads.items()
+    }
+
+
 def mean_arm(name: str, arm: Arm, scales: Sequence[float]) -> Arm:
     """Return the arm of a schedule that is known beforehand: one scale for each step."""
     text = ",".join(f"{scale:.6g}" for scale in scales)
     return Arm(name, "cfg", arm.steps, arm.guidance_scale, scale_rule=f"list:{text}")
 
 
-def legend(config: DynamicCfgConfig, runs: Runs) -> str:
-    """Return what the arms are and what was found, as Markdown."""
+def legend(config: DynamicCfgConfig, runs: Runs, inside: Sequence[str]) -> str:
+    """Return what the arms are, as Markdown.
+
+    Args:
+        config: of the command.
+        runs: what was run.
+        inside: names of the heads that could not be asked for other scales.
+    """
     lines = [f"- cfg: one constant scale; the best of the sweep is {runs.best_scale:g}"]
     lines += [f"- {name}: {ARMS.get(name).about}" for name in STATIC_ARMS]
     lines += [f"- {name}: {about}" for name, about in runs.abouts.items()]
     candidates = ", ".join(f"{scale:g}" for scale in config.candidates)
-    return "\n".join(lines) + f"\n\nCandidates: {candidates}."
+    text = "\n".join(lines) + f"\n\nCandidates: {candidates}."
+    if inside:
+        text += (
+            f" Not asked in fast steps: {', '.join(inside)}. A head inside the denoiser has no gap "
+            "that other scales could be tried on; a head on outputs has (`--heads tap=FOLDER`)."
+        )
+    return text

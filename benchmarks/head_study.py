@@ -143,16 +143,12 @@ def run_groups(
     """Run all arms, then CFG at each method's effective guidance scale and NFE."""
     from core2_sampler.benchmarks.cli import run_arms
     from core2_sampler.benchmarks.head_tables import Entry
-    from core2_sampler.benchmarks.matching import is_plain, match
-    from core2_sampler.benchmarks.runner import arm_folder, resolve_head
+    from core2_sampler.benchmarks.matching import is_plain, match_arm
 
     results = run_arms(study, [arm for group in arms.values() for arm in group])
     methods = [result.arm for result in results if not is_plain(result.arm)]
-    measured = []
     with user_input():
-        for arm in methods:
-            images = arm_folder(study, arm, resolve_head(study, arm.head))
-            measured.append(match(study, arm, images, config.ga_eval))
+        measured = [match_arm(study, arm, config.ga_eval) for arm in methods]
     controls = [found.arm(arm) for arm, found in zip(methods, measured, strict=True)]
     pairs = zip(measured, run_arms(study, controls), strict=True)
     of_arm = dict(zip(methods, pairs, strict=True))

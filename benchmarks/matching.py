@@ -18,6 +18,7 @@ from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.effective_scale import EffectiveScale
 from core2_sampler.benchmarks.ga_eval import matched_arms, measure_effective_scale
 from core2_sampler.benchmarks.runner import (
+    arm_folder,
     autocast,
     beside_plan,
     call_of,
@@ -27,6 +28,10 @@ from core2_sampler.benchmarks.runner import (
 from core2_sampler.benchmarks.shard import locked
 from core2_sampler.benchmarks.study import Case, Study
 from core2_sampler.plan import Core2Config
+
+_MEASURED = (
+    "signed scale; orthogonal share of d - uncond"  # results of other measures are not taken
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) 
     every = study.cases
     count = min(count, len(every))
     cases = [every[k * len(every) // count] for k in range(count)]
-    name = digest(images.name, [case.key for case in cases])
+    name = digest(_MEASURED, images.name, [case.key for case in cases])
     path = images.parent.parent / "effective_scales" / f"{name}.json"
     if path.exists():
         return _read(path)
@@ -90,6 +95,12 @@ def match(study: Study, method: Arm, images: Path, count: int, writer: int = 0) 
         if not path.exists():
             write_atomic(path, json.dumps(asdict(matched)).encode(), writer)
     return _read(path)
+
+
+def match_arm(study: Study, method: Arm, count: int) -> Matched:
+    """Measure a method whose images are in the folder that `arm_folder` names, see `match`."""
+    images = arm_folder(study, method, resolve_head(study, method.head))
+    return match(study, method, images, count)
 
 
 def _read(path: Path) -> Matched:

@@ -20,7 +20,7 @@ from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.online import rule_key
-from core2_sampler.benchmarks.runner import arm_key, decode, generate
+from core2_sampler.benchmarks.runner import arm_key, decode, generate, resolve_head, using_head
 from core2_sampler.benchmarks.study import ArmResult, Case, Judge, Study
 from core2_sampler.precision import wide
 from core2_sampler.rows import stable_hash
@@ -55,7 +55,7 @@ def run_ruled(
 
     Args:
         study: what the arms share, with a judge.
-        arm: of mode ``cfg``, whose steps all ask the rule.
+        arm: whose steps all ask the rule: of mode ``cfg``, or all fast with a head on outputs.
         ruled: the rule.
         on_images: told how many more images are there.
 
@@ -63,18 +63,20 @@ def run_ruled(
         The arm's result, and the scale of each image in each step, [n, N].
 
     Raises:
-        ValueError: if the study has no judge, or as the rule.
+        ValueError: if the study has no judge, or as the rule and `resolve_head`.
     """
     judge = study.judge
     if judge is None:
         raise ValueError("a study must have a judge to have its arms judged, got none")
     named = replace(arm, name=ruled.name)
-    folder = study.folder / digest(arm_key(study, arm, None), ruled.key)
+    head = resolve_head(study, arm.head)
+    folder = study.folder / digest(arm_key(study, arm, head), ruled.key)
     cases, parts = study.cases, []
-    for start in range(0, len(cases), study.batch_size):
-        batch = cases[start : start + study.batch_size]
-        parts.append(_batch(study, named, ruled, batch, folder))
-        on_images(len(batch))
+    with using_head(study.pipe, head):
+        for start in range(0, len(cases), study.batch_size):
+            batch = cases[start : start + study.batch_size]
+            parts.append(_batch(study, named, ruled, batch, folder))
+            on_images(len(batch))
     latents, images, scales = (
         torch.cat([part[name] for part in parts]) for name in ("latents", "images", "scales")
     )

@@ -14,7 +14,7 @@ from core2_sampler.benchmarks.arms import Arm
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.shard import locked
-from core2_sampler.benchmarks.study import Case
+from core2_sampler.benchmarks.study import Case, cases_of
 from core2_sampler.benchmarks.suites import SuitePrompt
 
 REFERENCE = "cfg"
@@ -89,7 +89,7 @@ class Run:
     @property
     def cases(self) -> list[Case]:
         """All images of an arm, in order."""
-        return [Case(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        return cases_of(self.prompts, self.seeds)
 
     def short_name(self, entry: RunArm) -> str:
         """Return what tells an arm from the others of the run."""

@@ -6,7 +6,7 @@ same in every arm: arms differ by the sampler alone, and are compared image by i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +77,11 @@ class Case:
         return torch.Generator().manual_seed(stable_hash("latents", self.prompt.id, self.seed))
 
 
+def cases_of(prompts: Iterable[Prompt], seeds: Sequence[int]) -> list[Case]:
+    """Return every prompt with every seed, prompt by prompt."""
+    return [Case(prompt, seed) for prompt in prompts for seed in seeds]
+
+
 @dataclass(frozen=True, slots=True)
 class Study:
     """What all arms of a study share.
@@ -127,7 +132,7 @@ class Study:
     @property
     def cases(self) -> list[Case]:
         """All images of an arm, in order."""
-        return [Case(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        return cases_of(self.prompts, self.seeds)
 
     @property
     def precision(self) -> str:

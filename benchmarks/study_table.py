@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,31 +47,46 @@ def score_change(result: ArmResult, reference: ArmResult) -> Array:
 
 def estimate(study: Study, values: Any, task: str | None = None) -> Estimate:
     """Estimate the mean of one number an image [n], of one task or as the mean of all tasks."""
+    return mean_estimate(*_of_task(study, values, task))
+
+
+def _of_task(study: Study, values: Any, task: str | None) -> tuple[Array, list[str], list[str]]:
+    """Return the numbers of one task or of all, with the prompt and the task of each."""
     cases = study.cases
     chosen = [i for i, case in enumerate(cases) if task in (None, case.prompt.task)]
     clusters = [cases[i].prompt.id for i in chosen]
     strata = [cases[i].prompt.task for i in chosen]
-    return mean_estimate(np.asarray(values, dtype=np.float64)[chosen], clusters, strata)
+    return np.asarray(values, dtype=np.float64)[chosen], clusters, strata
 
 
-def corrected_differences(study: Study, changes: Sequence[Array]) -> list[Difference]:
+def corrected_differences(
+    study: Study, changes: Sequence[Array], tasks: Sequence[str | None] | None = None
+) -> list[Difference]:
     """Estimate the means of changes, and test them with a correction for being several.
 
     Args:
         study: what the arms share.
         changes: differences of two arms' verdicts image by image, each [n].
+        tasks: the task that each is of, None for the mean of all; by default all are that.
 
     Returns:
         One difference for each change, with enough flips behind its p-value to pass Holm's
         correction.
     """
-    clusters = [case.prompt.id for case in study.cases]
-    strata = [case.prompt.task for case in study.cases]
     flips = flips_for(len(changes))
-    p_values = holm([sign_flip_p(each, clusters, strata, n_resamples=flips) for each in changes])
+    tested = [
+        _of_task(study, change, task)
+        for change, task in zip(changes, tasks or [None] * len(changes), strict=True)
+    ]
+    p_values = holm(
+        [
+            sign_flip_p(values, prompts, strata, n_resamples=flips) if len(set(prompts)) > 1 else 1
+            for values, prompts, strata in tested  # one prompt shows nothing
+        ]
+    )
     return [
-        Difference(estimate(study, change), float(p), is_share=True)
-        for change, p in zip(changes, p_values, strict=True)
+        Difference(mean_estimate(*each), float(p), is_share=True)
+        for each, p in zip(tested, p_values, strict=True)
     ]
 
 
@@ -87,6 +103,16 @@ def method_verdicts(
     changes = [score_change(own, other) for _, own, *others in compared for other in others]
     told = iter(corrected_differences(study, changes))
     return [verdict(name, next(told), next(told)) for name, *_ in compared]
+
+
+def choice_note(study: StudyConfig) -> str:
+    """Say whether what a study chooses is chosen on the prompts that are reported."""
+    if study.split == "val":
+        return "What is chosen here is chosen on prompts that no other table reports (split val)."
+    return (
+        "What is chosen here is chosen on the very prompts that are reported (split test); "
+        "`--split val` chooses on others."
+    )
 
 
 def with_metric(row: Row, metric: str, found: Estimate) -> Row:
@@ -120,6 +146,9 @@ def _plain_table(rows: Sequence[Row]) -> str:
     for row in rows:
         own = arms.setdefault((row.arm, row.steps, row.guidance_scale), {})
         own[row.metric] = f"{row.value:.3g}"
-    told = [((name, f"{n}", f"{scale:g}"), cells) for (name, n, scale), cells in arms.items()]
+    told = [
+        ((name, f"{n}", "" if math.isnan(scale) else f"{scale:g}"), cells)
+        for (name, n, scale), cells in arms.items()
+    ]
     metrics = list(dict.fromkeys(row.metric for row in rows))
     return numbers_table(("arm", "steps", "scale"), told, metrics)

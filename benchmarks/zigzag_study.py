@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core2_sampler.benchmarks.arms import ARMS, ZIG_MODES, Arm, build_arms
+from core2_sampler.benchmarks.arms import ARMS, OWN, ZIG_MODES, Arm, build_arms, coinciding
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
 from core2_sampler.benchmarks.notes import COUNTED, PAIRED, VALUES
 from core2_sampler.benchmarks.options import StudyConfig, check_out, command_line
 from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import find_model
+from core2_sampler.fitting import find_head
+from core2_sampler.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
     from core2_sampler.benchmarks.matching import Matched
@@ -31,6 +32,16 @@ STUDY_ARMS = ("fast", "zigzag", "zigzag-half", "zcore", "zfast", "zfast-cond", "
 
 FIRST_OF = ("zigzag", "zcore", "zfast")
 """The arms that are also run with zigzag steps in the first k steps only."""
+
+OF_EACH_HEAD = ("zcore", "zfast")
+"""The arms of each further head."""
+
+CFG_RUNS = {
+    "overall_minus_cfg": "at the same N",
+    "overall_minus_cfg_equal_nfe": "at the same NFE",
+    "overall_minus_matched": "at its effective scale and NFE",
+}
+"""Metrics of the differences to CFG, and where each compares."""
 
 NOTES = (
     f"{VALUES}. {PAIRED}: with CFG at the same N (cfg), with CFG at as many steps as the same NFE "
@@ -56,7 +67,9 @@ class ZigzagConfig:
         (2, 7, 14), help=f"Also {', '.join(FIRST_OF)} with zigzag steps in the first k only.", min=1
     )
     heads: tuple[str, ...] = option(
-        (), help="Folders of heads: tap=FOLDER,adapter=FOLDER; the model's own is known."
+        (),
+        help="Folders of further heads, tap=FOLDER,mine=FOLDER, by any name: each gets arms "
+        f"{' and '.join(OF_EACH_HEAD)} of its own; the model's own is known.",
     )
     ga_eval: int = option(
         16, help="Images on which each arm's effective guidance scale is measured.", min=1
@@ -71,26 +84,35 @@ def bench_zigzag(config: ZigzagConfig) -> None:
     check_out(config.out)
     model = find_model(config.study.model)
     scale = model.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    arms = study_arms(config, scale, head_folders(config.heads, model))
-    check_scales(arms, model)
-    study = open_study(config.study, model)
+    abouts = study_arms(config, scale, head_folders(config.heads, model))
+    check_scales(abouts, model)
+    inside = {arm.head for arm in abouts if is_inside(arm, model)}
     cfg = Arm("cfg", "cfg", config.steps, scale)
+    same = coinciding([cfg, *abouts], inside)
+    arms = [arm for arm in abouts if arm.name not in same]
+    study = open_study(config.study, model)
     results = run_arms(study, [cfg, *arms])
-    found = {arm.name: _measure(study, arm, config.ga_eval) for arm in arms}
+    from core2_sampler.benchmarks.matching import match_arm
+
+    with user_input():
+        found = {arm.name: match_arm(study, arm, config.ga_eval) for arm in arms}
     controls = [_equal_nfe(result) for result in results]
     matched = [found[arm.name].arm(arm) for arm in arms]
     others = list(dict.fromkeys([*controls, *matched]))
     done = dict(zip(others, run_arms(study, others), strict=True))
-    from core2_sampler.benchmarks.study_table import write_study
+    from core2_sampler.benchmarks.study_table import choice_note, write_study
 
     table = _Table(study, results, found, done, command_line(config))
     rows = table.rows()
-    text = "\n\n".join([legend(arms), table.verdicts(), cheapest(rows), NOTES])
+    legend = "\n".join(f"- {arm.name}: {abouts[arm]}" for arm in arms)
+    found_out = f"{against_cfg(rows)} {cheapest(rows)} {choice_note(config.study)}"
+    parts = [legend, left_out(same, inside=bool(inside)), table.verdicts(), found_out, NOTES]
+    text = "\n\n".join(part for part in parts if part)
     write_study(config, study, rows, "Shapes: what zigzag steps buy", text)
 
 
-def study_arms(config: ZigzagConfig, scale: float, heads: Mapping[str, str]) -> list[Arm]:
-    """Return the arms but CFG, those with zigzag steps in the first k only among them.
+def study_arms(config: ZigzagConfig, scale: float, heads: Mapping[str, str]) -> dict[Arm, str]:
+    """Return the arms but CFG with what each is, those with few zigzag steps among them.
 
     Raises:
         ConfigError: an arm does not exist or has no head, or k leaves no step without.
@@ -105,52 +127,98 @@ def study_arms(config: ZigzagConfig, scale: float, heads: Mapping[str, str]) -> 
             f"first must be counts up to the number of steps but the last ({config.steps - 1}), "
             f"got {max(config.first)}"
         )
-    few = [
-        dataclasses.replace(arm, name=f"{arm.name}-first-{k}", zig_steps=k)
-        for arm in arms
-        for k in dict.fromkeys(config.first)
-        if arm.name in FIRST_OF and k < arm.zig_steps
-    ]
-    return [*arms, *few]
+    abouts = {arm: ARMS.get(arm.name).about for arm in arms}
+    repeated = [arm for arm in arms if arm.name in FIRST_OF]
+    for name in (text.partition("=")[0] for text in config.heads):
+        for arm in _of_head(name, config.steps, scale, heads):
+            abouts[arm] = f"{ARMS.get(arm.mode).about}; that head is {name} here"
+            repeated.append(arm)
+    for arm in repeated:
+        for k in dict.fromkeys(config.first):
+            if k < arm.zig_steps:
+                few = dataclasses.replace(arm, name=f"{arm.name}-first-{k}", zig_steps=k)
+                abouts[few] = f"{abouts[arm]}; in the first {k} steps"
+    return abouts
 
 
-def legend(arms: Sequence[Arm]) -> str:
-    """Return what each arm is, as a Markdown list."""
-    lines = []
-    for arm in arms:
-        name, _, count = arm.name.partition("-first-")
-        about = ARMS.get(name).about
-        lines.append(f"- {arm.name}: {about}" + (f"; in the first {count} steps" if count else ""))
-    return "\n".join(lines)
+def _of_head(name: str, steps: int, scale: float, heads: Mapping[str, str]) -> list[Arm]:
+    """Return the arms of a further head; the model's own has them already."""
+    if name == OWN:
+        return []
+    arms = build_arms(OF_EACH_HEAD, steps, scale, {OWN: heads[name]})
+    return [dataclasses.replace(arm, name=f"{name}-{arm.name}") for arm in arms]
+
+
+def is_inside(arm: Arm, model: ModelFiles) -> bool:
+    """Tell whether an arm has a head that works inside the denoiser."""
+    head = None if arm.head is None else find_head(arm.head, model)
+    return head is not None and head.in_model
+
+
+def left_out(same: Mapping[str, str], *, inside: bool) -> str:
+    """Say which arms are not shown because they are others of the table, and why.
+
+    Args:
+        same: from `coinciding`.
+        inside: whether a head of the study works inside the denoiser.
+    """
+    if not same:
+        return ""
+    pairs = ", ".join(f"{name} = {other}" for name, other in same.items())
+    why = (
+        " A head inside the denoiser is made for scales above 1 only: the negative prompt undoes "
+        "the steps of its zcore, which are those of Z-Sampling."
+    )
+    text = f"Not shown twice, for each takes the very steps of the other: {pairs}."
+    return text + why * inside
+
+
+def against_cfg(rows: Sequence[Row]) -> str:
+    """Say whether Z-Sampling itself is better than CFG, by each of the three comparisons."""
+    own = {row.metric: row for row in rows if row.arm == "zigzag"}
+    if not own:
+        return "Z-Sampling itself (zigzag) was not run."
+    told = []
+    for metric, where in CFG_RUNS.items():
+        row = own[metric]
+        word = "better" if row.low > 0 else "worse" if row.high < 0 else "not told apart"
+        told.append(f"{where} {word} ({_points(row)})")
+    return (
+        f"Z-Sampling itself (zigzag, NFE {row.nfe:g}) against CFG, better or worse where the "
+        f"interval excludes 0: {', '.join(told)}."
+    )
 
 
 def cheapest(rows: Sequence[Row]) -> str:
-    """Name the zigzag arm of the lowest NFE that is not shown to be worse than Z-Sampling."""
+    """Name the arm of the lowest NFE, below that of Z-Sampling, that is shown to be as good.
+
+    As good is a loss of less than the knee's margin: non-inferiority, for that an interval reaches
+    0 is no evidence that nothing is lost.
+    """
+    from core2_sampler.benchmarks.cli import KNEE_LOSS
+
     against = [row for row in rows if row.metric == "overall_minus_zigzag"]
     if not against:
         return "Nothing was compared with Z-Sampling."
-    kept = [row for row in against if not (math.isnan(row.high) or row.high < 0)]
+    limit = next(row.nfe for row in rows if row.arm == "zigzag")
+    kept = [row for row in against if row.low > -KNEE_LOSS and row.nfe < limit]
+    margin = f"{100 * KNEE_LOSS:g} point"
+    rule = f"shown to lose less than {margin} against it (interval above -{margin})"
     if not kept:
-        return "Every other zigzag arm is shown to be worse than Z-Sampling, or has no interval."
+        return f"No zigzag arm of fewer NFE is {rule}."
     best = min(kept, key=lambda row: row.nfe)
-    ends = f"{100 * best.value:+.1f} [{100 * best.low:+.1f}, {100 * best.high:+.1f}]"
-    return (
-        f"Cheapest zigzag arm that is not shown to be worse than Z-Sampling: {best.arm}, NFE "
-        f"{best.nfe:g}, {ends} points."
-    )
+    return f"The cheapest zigzag arm {rule}: {best.arm}, NFE {best.nfe:g}, {_points(best)}."
+
+
+def _points(row: Row) -> str:
+    value, low, high = (f"{100 * number:+.1f}" for number in (row.value, row.low, row.high))
+    return f"{value} points" if math.isnan(row.low) else f"{value} [{low}, {high}] points"
 
 
 def _equal_nfe(result: ArmResult) -> Arm:
     """Return CFG at the arm's scale that spends its NFE on more steps."""
     steps = max(1, int(result.nfe / 2))
     return Arm("cfg", "cfg", steps, result.arm.guidance_scale)
-
-
-def _measure(study: Study, arm: Arm, count: int) -> Matched:
-    from core2_sampler.benchmarks.matching import match
-    from core2_sampler.benchmarks.runner import arm_folder, resolve_head
-
-    return match(study, arm, arm_folder(study, arm, resolve_head(study, arm.head)), count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,17 @@ def test_one_win_among_250_comparisons_can_be_shown():
     assert (found.estimate.value, others[0].estimate.high) == (pytest.approx(np.mean(WINS)), 0)
 
 
+def test_a_difference_of_one_task_is_that_of_its_images():
+    """Prompts of both tasks take turns, with two images each."""
+    change = np.array([float(k // 2 % 2 == 0) * (1 + k % 8) for k in range(40)])
+    own, other, both = corrected_differences(STUDY, [change] * 3, [*TASKS, None])
+    assert [each.estimate.value for each in (own, other, both)] == [3.5, 0, 1.75]
+    assert own.p_holm == pytest.approx(3 * 2 / 2**10) and other.p_holm == 1  # 10 prompts
+    assert own.is_win and not other.is_win
+    (alone,) = corrected_differences(study_of(2), [np.ones(4)], ["counting"])
+    assert alone.p_holm == 1 and not alone.is_win  # of one prompt
+
+
 def row(metric: str, value: float, scale: float = 3.0, arm: str = "tap") -> Row:
     return Row("sd3", arm, 4, scale, 4.0, 8, metric, value, math.nan, math.nan, "core2 bench x")
 

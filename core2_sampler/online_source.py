@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from core2_sampler.collect import CollectConfig, Encode, run_unit
-from core2_sampler.rows import Rows, is_held_out, widen
+from core2_sampler.rows import Rows, is_held_out, stable_hash, widen
 from core2_sampler.trajectory import Record
 from core2_sampler.types import Denoiser
 
 
 class OnlineSource:
-    """A ``RowSource`` that collects what it returns and stores nothing; each row is used once."""
+    """A ``RowSource`` that collects what it returns and stores nothing; each row is used once.
+
+    Trajectories that run together make a pool. A training reads the pools one after another, each
+    shuffled. A pool depends on its number and the seed alone, so does a batch on its step.
+    """
 
     def __init__(
         self,
@@ -30,8 +34,11 @@ class OnlineSource:
         noise_scale: float = 1.0,
         held_out_share: float = 0.1,
         held_out_trajectories: int = 32,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Take the arguments of ``collect``, with prompts as (prompt id, text) and no jobs.
+
+        ``about``, facts on the model, goes into what ``describe`` returns.
 
         Raises:
             ValueError: if the prompts leave nothing to train on or nothing to hold out.
@@ -47,7 +54,8 @@ class OnlineSource:
         self._denoiser, self._encode, self._config = denoiser, encode, config
         self._grid, self._start = sigmas, (latent_shape, noise_scale)
         self._held_out_trajectories = held_out_trajectories
-        self._pool: Rows | None = None
+        self._pools: dict[tuple[int, int], Rows] = {}  # those of the latest batch
+        self._about = {"prompts": f"{stable_hash(*prompts):016x}", **(about or {})}
         self._evaluation: list[Rows] = []
 
     @property
@@ -55,15 +63,26 @@ class OnlineSource:
         """Noise levels of the sampling grid, [S]."""
         return self._grid[:-1].float()
 
-    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
+    def train(self, step: int, batch_size: int, seed: int) -> Rows:
         """Return rows of fresh trajectories, shuffled over as many as run together."""
-        while self._pool is None or len(self._pool) < batch_size:
-            fresh = self._run(False, self._config.batch_size, generator)
-            fresh = _take(fresh, torch.randperm(len(fresh), generator=generator))
-            self._pool = fresh if self._pool is None else _join([self._pool, fresh])
-        batch = _take(self._pool, slice(None, batch_size))
-        self._pool = _take(self._pool, slice(batch_size, None))
-        return batch
+        num_steps = len(self._grid) - 1
+        size = self._config.batch_size * min(
+            self._config.steps_per_trajectory or num_steps, num_steps
+        )
+        start, end = step * batch_size, (step + 1) * batch_size
+        wanted = [(seed, number) for number in range(start // size, -(-end // size))]
+        self._pools = {key: self._pools.get(key) or self._pool(*key) for key in wanted}
+        return _join(
+            [
+                _take(pool, slice(max(start - number * size, 0), end - number * size))
+                for (_, number), pool in self._pools.items()
+            ]
+        )
+
+    def _pool(self, seed: int, number: int) -> Rows:
+        generator = torch.Generator().manual_seed(stable_hash("pool", seed, number))
+        fresh = self._run(False, self._config.batch_size, generator)
+        return _take(fresh, torch.randperm(len(fresh), generator=generator))
 
     def held_out(self, batch_size: int) -> Iterator[Rows]:
         """Yield the rows of a fixed set of trajectories of held-out prompts."""
@@ -80,7 +99,7 @@ class OnlineSource:
 
     def describe(self) -> dict[str, Any]:
         """Return what a head's card says about its data."""
-        prompts = {"training_prompts": len(self._parts[False])}
+        prompts = {"training_prompts": len(self._parts[False]), **self._about}
         return {"online": True, **prompts, **asdict(self._config), "sigmas": self._grid.tolist()}
 
     def _run(self, held_out: bool, count: int, generator: torch.Generator) -> Rows:

@@ -93,8 +93,8 @@ def reflect(
         log: called with a line of progress.
 
     Raises:
-        ValueError: if the folder has a checkpoint of other settings, the denoiser is missing, or
-            the loss is not finite.
+        ValueError: if the folder has a checkpoint of other settings, other data or another head,
+            the denoiser is missing, or the loss is not finite.
     """
     typed = cast(InModelHead, head)
     attached = typed.attached(_module(denoiser)) if typed.in_model else nullcontext()
@@ -107,9 +107,16 @@ def reflect(
             folder=folder,
             evaluate=work.evaluate,
             log=log or (lambda line: None),
+            identity={"data": source.describe(), "head": _identity(head)},
         )
     bins, power = work.bins.edges.tolist(), work.power.tolist()
     return Report(progress, bins, power, config, source.describe(), work.precision)
+
+
+def _identity(head: nn.Module) -> dict[str, Any]:
+    """Return what a head is before it is trained, its class and its config, as JSON values."""
+    config = {k: v for k, v in cast(Any, head).config.items() if not k.startswith("_")}
+    return {"class": type(head).__name__, **config}
 
 
 def _module(denoiser: Denoiser | None) -> nn.Module:
@@ -156,8 +163,7 @@ class _Reflect:
 
     def _gap_power(self) -> Tensor:
         """Return the mean square of the gap in each noise bin, [K]: the unit of the loss."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        rows = self.source.train(_POWER_ROWS, generator)
+        rows = self.source.train(0, _POWER_ROWS, stable_hash("power", self.config.seed))
         power = self.bins.sum(rows.sigma, rows.gap.square().flatten(1).mean(1))
         count = self.bins.sum(rows.sigma, torch.ones(len(rows)))
         mean = power.sum() / count.sum()
@@ -165,13 +171,13 @@ class _Reflect:
 
     def loss(self, step: int) -> Tensor:
         """Return the squared gap error in units of the gap; the batch depends on the step alone."""
-        generator = torch.Generator().manual_seed(stable_hash("batch", self.config.seed, step))
-        rows = self.source.train(self.config.batch_size, generator)
+        rows = self.source.train(step, self.config.batch_size, self.config.seed)
         rows = rows.map(lambda tensor: tensor.to(self.device))
         scales = scales_of(self.head)
         scale = None
         if scales is not None:
             low, high = scales[0], scales[-1]
+            generator = torch.Generator().manual_seed(stable_hash("scale", self.config.seed, step))
             scale = low + (high - low) * float(torch.rand((), generator=generator))
         enabled = self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from core2_sampler.types import Conditioning
@@ -76,8 +75,8 @@ class RowSource(Protocol):
         """Noise levels of the rows, as often as they occur, [N]."""
         ...
 
-    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
-        """Return random rows of the training prompts."""
+    def train(self, step: int, batch_size: int, seed: int) -> Rows:
+        """Return random rows of the training prompts, a function of the arguments alone."""
         ...
 
     def held_out(self, batch_size: int) -> Iterator[Rows]:

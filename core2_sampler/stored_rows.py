@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core2_sampler.rows import Rows, widen
+from core2_sampler.rows import Rows, stable_hash, widen
 
 
 @lru_cache(maxsize=8192)
@@ -70,8 +70,9 @@ class StoreSource:
         """Noise levels of the training rows, [N]."""
         return self.training.sigmas
 
-    def train(self, batch_size: int, generator: torch.Generator) -> Rows:
-        """Return random rows of the training prompts."""
+    def train(self, step: int, batch_size: int, seed: int) -> Rows:
+        """Return random rows of the training prompts, a function of the arguments alone."""
+        generator = torch.Generator().manual_seed(stable_hash("batch", seed, step))
         return self.training.sample(batch_size, generator)
 
     def held_out(self, batch_size: int) -> Iterator[Rows]:

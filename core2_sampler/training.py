@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,6 +95,7 @@ def fit(
     folder: Path | None = None,
     evaluate: Callable[[], dict[str, Any]] | None = None,
     log: Log = print,
+    identity: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Train the parameters that require gradients, in place; they end as their averages.
 
@@ -106,12 +107,15 @@ def fit(
             keeps no checkpoint.
         evaluate: called on the averaged weights, ``config.evaluations`` times at equal distances.
         log: called with lines of progress.
+        identity: what the training is of, beside ``config`` (the data, the kind of network), as
+            JSON values; a checkpoint resumes only with the same.
 
     Raises:
-        ValueError: if the folder has a checkpoint of other settings, the module has nothing to
-            train, or the loss is not finite.
+        ValueError: if the folder has a checkpoint of other settings or another identity, the
+            module has nothing to train, or the loss is not finite.
     """
-    run = _Run(module, config, None if folder is None else folder / "checkpoint.safetensors", log)
+    checkpoint = None if folder is None else folder / "checkpoint.safetensors"
+    run = _Run(module, config, checkpoint, log, identity or {})
     run.resume()
     module.train()
     run.loop(loss, evaluate)
@@ -128,9 +132,15 @@ class _Run:
     """The state of a training run, and the loop over it."""
 
     def __init__(
-        self, module: nn.Module, config: FitConfig, checkpoint: Path | None, log: Log
+        self,
+        module: nn.Module,
+        config: FitConfig,
+        checkpoint: Path | None,
+        log: Log,
+        identity: Mapping[str, Any],
     ) -> None:
         self.config, self.checkpoint, self.log = config, checkpoint, log
+        self.identity = _as_json(identity)
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(f"a network must have weights to train, got a {type(module).__name__}")
@@ -241,7 +251,11 @@ class _Run:
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-        about = {"progress": asdict(self.progress), "config": asdict(self.config)}
+        about = {
+            "progress": asdict(self.progress),
+            "config": asdict(self.config),
+            "identity": self.identity,
+        }
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_atomic(self.checkpoint, save(contiguous, {"about": json.dumps(about)}))
 
@@ -249,14 +263,14 @@ class _Run:
         """Continue from the checkpoint, if there is one.
 
         Raises:
-            ValueError: if it is of another network or other settings.
+            ValueError: if it is of another network, other settings or another identity.
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return
         with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self._check(about["config"], tensors)
+        self._check(about, tensors)
         self._load({name: tensors[f"model.{name}"] for name in self.parameters})
         self.ema = {name: tensors[f"ema.{name}"].clone() for name in self.parameters}
         state: dict[int, dict[str, Tensor]] = {}
@@ -269,9 +283,11 @@ class _Run:
         self.progress = Progress(**about["progress"])
         self.log(f"resumed at step {self.progress.step}, {self.progress.seconds:.0f} s")
 
-    def _check(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        wanted = json.loads(json.dumps(asdict(self.config)))
+    def _check(self, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config, wanted = about["config"], _as_json(asdict(self.config))
         changed = [f"{k}={config.get(k)}" for k in wanted if config.get(k) != wanted[k]]
+        kept, mine = about.get("identity", {}), self.identity
+        changed += [f"other {k}" for k in sorted({*kept, *mine}) if kept.get(k) != mine.get(k)]
         shapes = {f"model.{name}": p.shape for name, p in self.parameters.items()}
         if shapes != {n: t.shape for n, t in tensors.items() if n.startswith("model.")}:
             changed.append("a network of another shape")
@@ -280,3 +296,8 @@ class _Run:
                 f"a training must resume with its own settings, got a checkpoint with "
                 f"{', '.join(changed)} in {self.checkpoint}: take another folder, or remove it"
             )
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as a JSON file gives them back, so that tuples equal lists."""
+    return cast(dict[str, Any], json.loads(json.dumps(dict(values))))

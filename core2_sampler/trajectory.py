@@ -71,10 +71,16 @@ class TrajectoryStore:
     def _shard(self, name: str) -> Path:
         return self.root / "shards" / f"{name}.safetensors"
 
-    def entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (unit name, index entry) of every complete unit, in a fixed order."""
+    def entries(self, last_round: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (unit name, index entry) of every complete unit, in a fixed order.
+
+        Args:
+            last_round: leave out the rounds after this one.
+        """
         for path in sorted((self.root / "shards").glob("*.json")):
-            yield path.stem, json.loads(path.read_text())
+            entry = json.loads(path.read_text())
+            if last_round is None or entry["records"][0]["round"] <= last_round:
+                yield path.stem, entry
 
     def records(self) -> dict[RecordKey, Record]:
         """Return every record by its key.
@@ -183,15 +189,19 @@ class TrajectoryStore:
             path = self.root / "prompts" / prompt_file
             _check(path, path.exists() and _is_sealed(path))
 
-    def rows(self, select: Callable[[str], bool] = lambda prompt_id: True) -> StoredRows:
-        """Return the rows of the prompts whose id ``select`` accepts.
+    def rows(
+        self,
+        select: Callable[[str], bool] = lambda prompt_id: True,
+        last_round: int | None = None,
+    ) -> StoredRows:
+        """Return the rows of the prompts whose id ``select`` accepts, up to ``last_round``.
 
         Raises:
             ValueError: if there are none.
         """
         shards: list[tuple[dict[str, Tensor], list[Path]]] = []
         places, sigmas = [], []
-        for name, entry in self.entries():
+        for name, entry in self.entries(last_round):
             records = [Record(**item) for item in entry["records"]]
             wanted = torch.tensor([select(record.prompt_id) for record in records])
             tensors = self.shard(name)
@@ -206,22 +216,35 @@ class TrajectoryStore:
             )
         return StoredRows(shards, torch.cat(places), torch.cat(sigmas))
 
-    def source(self, held_out_share: float = 0.1, held_out_rows: int = 512) -> StoreSource:
+    def source(
+        self,
+        held_out_share: float = 0.1,
+        held_out_rows: int = 512,
+        last_round: int | None = None,
+    ) -> StoreSource:
         """Check the store and return it as Reflect reads it.
 
         Args:
             held_out_share: share of the prompts kept for evaluation, 0 to 1 exclusive.
             held_out_rows: at most so many of their rows are used.
+            last_round: leave out the rounds after this one.
         """
         self.verify()
-        train = self.rows(lambda prompt_id: not is_held_out(prompt_id, held_out_share))
-        held_out = self.rows(lambda prompt_id: is_held_out(prompt_id, held_out_share))
+        train = self.rows(lambda i: not is_held_out(i, held_out_share), last_round)
+        held_out = self.rows(lambda i: is_held_out(i, held_out_share), last_round)
+        entries = dict(self.entries(last_round))
+        rounds = {
+            f"{number:03d}": settings
+            for number, settings in self.rounds().items()
+            if last_round is None or number <= last_round
+        }
         about = {
             "store": self.root.name,
-            "records": len(self.records()),
+            "contents": f"{stable_hash(entries):016x}",
+            "records": sum(len(entry["records"]) for entry in entries.values()),
             "training_rows": len(train),
             "held_out_share": held_out_share,
-            "rounds": {f"{number:03d}": settings for number, settings in self.rounds().items()},
+            "rounds": rounds,
         }
         return StoreSource(train, held_out, held_out_rows, about)
 

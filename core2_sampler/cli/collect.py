@@ -16,9 +16,11 @@ from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODE
 from core2_sampler.cli.options import add_command
 from core2_sampler.cli.stock import CALL_HELP, PIPELINE_HELP, StockModel, read_call
 from core2_sampler.collect import CollectConfig
-from core2_sampler.config import ConfigError, option, user_input
+from core2_sampler.config import ConfigError, check_folder, option, user_input
 from core2_sampler.fitting import HeadFiles, find_head
-from core2_sampler.model_files import ModelFiles, find_model
+from core2_sampler.model_files import ModelFiles, find_model, model_source
+from core2_sampler.trajectory import TrajectoryStore
+from core2_sampler.weights import model_weights
 
 Fill = Callable[..., int]
 """What fills a store, model and driver bound: `core2_sampler.collect.collect` or its like."""
@@ -72,8 +74,7 @@ def run_collect(options: CollectOptions) -> None:
         )
     prepare = _prepare_own(options) if options.pipeline is None else _prepare_stock(options)
     prompts = read_prompts(options.prompts, options.num_prompts, options.seed)
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    check_folder(options.output)
     start_missing_processes()
     _collect(options, prepare, prompts)
 
@@ -94,10 +95,9 @@ def _prepare_own(options: CollectOptions) -> Prepare:
         if policy is not None:
             with user_input():
                 policy.check_gap(options.weak_guidance)
-        about: dict[str, Any] = {"model": options.model, "head": options.head}
-        about["max_sequence_length"] = tokens
-        if (weak := options.weak_guidance) is not None:
-            about["weak_guidance"] = weak
+        weak = options.weak_guidance
+        about = {**model_facts(model, tokens, weak), "head": options.head}
+        check_weights(options.output, about["weights"])
         setup = sampling_setup(pipe, options.steps, tokens, weak)
         return partial(collect, policy=policy, about=about, **setup)
 
@@ -122,10 +122,45 @@ def _prepare_stock(options: CollectOptions) -> Prepare:
         pipe = stock.load(device, options.dtype)
         with user_input():
             head = find_weak_head(options.head, find_networks(pipe)[0])
-        about = {**stock.facts(), "head": options.head}
+        weights = model_weights(stock.model, model_source(stock.model))
+        check_weights(options.output, weights)
+        about = {**stock.facts(), "weights": weights, "head": options.head}
         return partial(collect_stock, pipe, arguments, policy=head, about=about)
 
     return prepare
+
+
+def model_facts(
+    model: ModelFiles, max_sequence_length: int | None, weak_guidance: float | None
+) -> dict[str, Any]:
+    """Return what is pinned of a model, once it was loaded, and of how its prompts are told.
+
+    Args:
+        model: one of ours.
+        max_sequence_length: T5 tokens of a prompt, where the family has T5.
+        weak_guidance: FLUX: the embedded guidance that stands for uncond.
+    """
+    facts: dict[str, Any] = {
+        "model": model.name,
+        "weights": model_weights(model.name, model.source),
+        "max_sequence_length": max_sequence_length,
+    }
+    return facts if weak_guidance is None else {**facts, "weak_guidance": weak_guidance}
+
+
+def check_weights(store: Path, weights: str) -> None:
+    """Check that a store holds trajectories of a model with these weights, or none.
+
+    Raises:
+        ConfigError: if a round is of other weights, or does not name them.
+    """
+    for number, settings in TrajectoryStore(store).rounds().items():
+        if (found := settings.get("weights")) != weights:
+            raise ConfigError(
+                f"the rounds of {store} must be of the weights that the model has now ({weights}), "
+                f"got round {number} of {settings.get('model')} with {found or 'unknown ones'}: "
+                "collect into another folder"
+            )
 
 
 def _policy(options: CollectOptions, model: ModelFiles) -> HeadFiles | None:
@@ -182,7 +217,6 @@ def _collect(options: CollectOptions, prepare: Prepare, prompts: list[tuple[str,
     from core2_sampler.cli.console import progress_bars
     from core2_sampler.collect import Job
     from core2_sampler.info import pick_device
-    from core2_sampler.trajectory import TrajectoryStore
 
     with user_input():
         device = pick_device("cpu" if launched_on_cpu() else options.device)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
-from core2_sampler.cli.collect import PROMPTS_HELP, read_prompts
+from core2_sampler.cli.collect import PROMPTS_HELP, check_weights, model_facts, read_prompts
 from core2_sampler.cli.loading import DEVICE_HELP, LENGTH_HELP, MODEL_HELP
 from core2_sampler.cli.options import add_command
 from core2_sampler.cli.stock import StockModel
-from core2_sampler.config import ConfigError, option, user_input
-from core2_sampler.model_files import ModelFiles, find_model
+from core2_sampler.config import ConfigError, check_folder, option, user_input
+from core2_sampler.model_files import ModelFiles, find_model, model_source
 from core2_sampler.reflect import ReflectConfig
 from core2_sampler.trajectory import TrajectoryStore
+from core2_sampler.weights import model_weights
 
 if TYPE_CHECKING:
     from core2_sampler.rows import RowSource
@@ -76,8 +77,7 @@ def run_reflect(options: ReflectOptions) -> None:
         raise ConfigError("either --data FOLDER or --online must be given, and not both")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reflect runs in one process, got several: leave `accelerate launch` out")
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"output must be a folder, got the file {options.output}")
+    check_folder(options.output)
     if options.rounds and options.online:
         raise ConfigError(f"rounds are for --data, which they add to, got {options.rounds} online")
     scales, collected_from = _collected(options)
@@ -178,7 +178,11 @@ def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
             first = rounds[min(rounds)]
             tokens, steps = first["max_sequence_length"], len(first["sigmas"]) - 1
             weak = first.get("weak_guidance")
-        return sampling_setup(pipe, steps, model.check_tokens(tokens), weak)
+        tokens = model.check_tokens(tokens)
+        about = model_facts(model, tokens, weak)
+        if options.data is not None:
+            check_weights(options.data, about["weights"])
+        return {**sampling_setup(pipe, steps, tokens, weak), "about": about}
 
     return prepare
 
@@ -198,6 +202,8 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
         pipe = stock.load(device, "fp32")
         with user_input():
             check_kind(HEADS.get(options.head), find_networks(pipe)[0])
+            weights = model_weights(stock.model, model_source(stock.model))
+            check_weights(cast(Path, options.data), weights)
             return {"denoiser": replay(pipe, stock.arguments(), next(iter(records.values())))}
 
     return prepare
@@ -213,10 +219,9 @@ def _reflect(
     with user_input():
         for round in range(options.rounds):
             folder = run / f"round-{round}"
-            if not (folder / "card.json").is_file():
-                _train(options, model, setup, head_options, folder, folder)
+            _train(options, model, setup, head_options, folder, folder, last_round=round)
             head = load_head(folder).to(setup["denoiser"].module.device)
-            _collect_round(options, setup, head, round + 1, {"model": model, "head": str(folder)})
+            _collect_round(options, setup, head, round + 1, str(folder))
         _train(options, model, setup, head_options, options.output, run)
 
 
@@ -227,8 +232,9 @@ def _train(
     head_options: dict[str, Any],
     output: Path,
     run: Path,
+    last_round: int | None = None,
 ) -> None:
-    """Train a head on the data as it is, save it with its card."""
+    """Train a head on the data, up to ``last_round``, and save it with its card."""
     from core2_sampler.reflect import reflect
     from core2_sampler.weak_heads import HEADS
     from core2_sampler.weak_heads.card import save_head
@@ -236,7 +242,7 @@ def _train(
     head = HEADS.get(options.head).for_denoiser(setup["denoiser"], **head_options)
     report = reflect(
         head,
-        _source(options, setup),
+        _source(options, setup, last_round),
         options.training,
         denoiser=setup["denoiser"],
         folder=run,
@@ -247,11 +253,7 @@ def _train(
 
 
 def _collect_round(
-    options: ReflectOptions,
-    setup: dict[str, Any],
-    head: Any,
-    round: int,
-    about: dict[str, Any],
+    options: ReflectOptions, setup: dict[str, Any], head: Any, round: int, name: str
 ) -> None:
     """Let the head drive the trajectories of the data's first round, and keep what CFG says."""
     from core2_sampler.collect import CollectConfig, Job, collect
@@ -265,18 +267,18 @@ def _collect_round(
         for key, record in store.records().items()
         if key.round == 0
     ]
-    same = {key: first[key] for key in ("max_sequence_length", "weak_guidance") if key in first}
-    added = collect(jobs=jobs, store=store, config=config, policy=head, about=about | same, **setup)
+    given = setup | {"about": setup["about"] | {"head": name}}
+    added = collect(jobs=jobs, store=store, config=config, policy=head, **given)
     print(f"round {round}: added {added} trajectories to {options.data}")
 
 
-def _source(options: ReflectOptions, setup: dict[str, Any]) -> RowSource:
+def _source(options: ReflectOptions, setup: dict[str, Any], last_round: int | None) -> RowSource:
     from core2_sampler.collect import CollectConfig
     from core2_sampler.online_source import OnlineSource
 
     share = options.held_out_share
     if options.data is not None:
-        return TrajectoryStore(options.data).source(share)
+        return TrajectoryStore(options.data).source(share, last_round=last_round)
     return OnlineSource(
         prompts=read_prompts(options.prompts, options.num_prompts, seed=0),
         config=CollectConfig(guidance_scales=options.guidance_scales),

@@ -27,6 +27,7 @@ from core2_sampler.weak_heads import HEADS
 
 KILLS = 6
 STEPS = 60
+LIMIT = 200  # seconds that one process may take
 JOBS = [Job(f"{a} {b}", a + b, seed) for a in "abc" for b in "defghi" for seed in (0, 1)]
 
 
@@ -59,9 +60,10 @@ def run_reflect(pipe: object, folder: Path) -> None:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Start ``work`` in a child process and return its id."""
+    """Start ``work`` in a child process, which ends at the limit, and return its id."""
     child = os.fork()
     if child == 0:
+        signal.alarm(LIMIT)
         status = 1
         try:
             work()
@@ -93,6 +95,9 @@ def kill_and_rerun(
         wanted = rng.uniform(attempt, attempt + 0.8) / (KILLS + 1)
         child = fork(work)
         while share() < wanted:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                raise SystemExit(f"a run ended before its kill, with wait status {status}")
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1 * seconds / KILLS))
         os.kill(child, signal.SIGKILL)

@@ -17,14 +17,21 @@ SCRIPT = Path(__file__).with_name("kill_and_rerun.py")
 NUM_JOBS = 36
 
 
-def run(what: str, folder: Path, seed: int = 0) -> int:
-    """Run a scenario and return the number of kills."""
-    result = subprocess.run(
-        [sys.executable, SCRIPT, what, folder, str(seed)],
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python beside the script, with this process's packages."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=SCRIPT.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
+        timeout=300,
     )
+
+
+def run(what: str, folder: Path, seed: int = 0) -> int:
+    """Run a scenario and return the number of kills."""
+    result = python(SCRIPT, what, folder, seed)
     assert result.returncode == 0, result.stderr
     return int(result.stdout.split()[-1])
 
@@ -65,3 +72,10 @@ def test_two_processes_at_once_share_the_jobs(tmp_path):
     store.verify()
     assert len(store.records()) == NUM_JOBS
     assert sum(len(entry["records"]) for _, entry in store.entries()) == NUM_JOBS
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_before_its_kill_is_told():
+    dying = "kill_and_rerun(lambda: 1 / 0, lambda: 0.0, 1.0, random.Random(0))"
+    result = python("-c", f"import random; from kill_and_rerun import *; {dying}")
+    assert result.returncode == 1 and "a run ended before its kill" in result.stderr

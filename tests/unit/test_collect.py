@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file, save_file
 
+from core2_sampler.cli import main
 from core2_sampler.collect import (
     CollectConfig,
     Job,
@@ -22,9 +27,10 @@ from core2_sampler.online_source import OnlineSource
 from core2_sampler.plan import make_plan
 from core2_sampler.rows import is_held_out
 from core2_sampler.samplers import sample_euler
-from core2_sampler.testing import tiny_sd3_pipeline
+from core2_sampler.testing import tiny_sd3_pipeline, tiny_sdxl_pipeline
 from core2_sampler.trajectory import Record, TrajectoryStore
 from core2_sampler.weak_heads import HEADS
+from core2_sampler.weights import model_weights
 
 STEPS, SHAPE = 4, (4, 8, 8)
 
@@ -229,8 +235,7 @@ def test_online_rows_are_fresh_and_never_of_held_out_prompts(setup):
     )
     held_out = [text for key, text in prompts if is_held_out(key, 0.4)]
     known = setup["encode"](held_out)[0].pooled
-    generator = torch.Generator().manual_seed(0)
-    batches = [source.train(5, generator) for _ in range(5)]
+    batches = [source.train(step, 5, seed=0) for step in range(5)]
     pooled = torch.cat([rows.pooled for rows in batches])
     distance = torch.cdist(pooled, known).min(1).values
     assert (distance > 1e-2).all()
@@ -243,6 +248,101 @@ def test_online_rows_are_fresh_and_never_of_held_out_prompts(setup):
     assert (distance < 1e-2).all()
 
 
+def test_an_online_batch_is_a_function_of_its_step_and_seed(setup):
+    """Pools of 8 rows, batches of 5: any order of steps gives the same rows, each of them once."""
+    prompts = [(f"id-{i}", f"a {i}") for i in range(12)]
+    config = CollectConfig(guidance_scales=(2.0, 4.0), batch_size=4, steps_per_trajectory=2)
+    onward, back = (
+        OnlineSource(prompts=prompts, config=config, held_out_share=0.4, **setup) for _ in "ab"
+    )
+    batches = [onward.train(step, 5, seed=3).x for step in range(4)]
+    for step in (3, 1, 0, 2):
+        assert torch.equal(back.train(step, 5, seed=3).x, batches[step])
+    assert len(torch.cat(batches).flatten(1).unique(dim=0)) == 20
+    assert torch.equal(torch.cat(batches)[:8], onward.train(0, 8, seed=3).x)
+    assert not torch.equal(onward.train(0, 5, seed=4).x, batches[0])
+    renamed = [(key, text + "!") for key, text in prompts]
+    other = OnlineSource(prompts=renamed, config=config, held_out_share=0.4, **setup)
+    assert other.describe() != onward.describe() == back.describe()
+
+
 def test_online_needs_prompts_on_both_sides(setup):
     with pytest.raises(ValueError, match="held-out"):
         OnlineSource(prompts=[("one", "a")], config=CollectConfig(), **setup)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Return the folder of a model of ours; a stock one is in ``stock`` beside it."""
+    folder = tmp_path_factory.mktemp("models") / "ours"
+    tiny_sd3_pipeline().save_pretrained(folder)
+    stock = {k: v for k, v in tiny_sdxl_pipeline().components.items() if k != "weak_head"}
+    StableDiffusionXLPipeline(**stock).save_pretrained(folder.with_name("stock"))
+    return folder
+
+
+def change(folder, component):
+    """Move one weight of a component, as if it had been trained again."""
+    [file] = (path for path in (folder / component).glob("*.safetensors") if "." not in path.stem)
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+
+
+def command(capsys, *arguments):
+    """Run a command; return its exit status and its error."""
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    return done.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "options"),
+    [("ours", "transformer", []), ("stock", "text_encoder", ["--pipeline", "auto"])],
+)
+def test_weights_that_changed_are_refused(model, tmp_path, capsys, kind, component, options):
+    folder, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(model.with_name(kind), folder)
+    (tmp_path / "prompts").write_text("a b\nc d\n")
+    given = ["--model", folder, "--prompts", tmp_path / "prompts", "--steps", "2", *options]
+    collecting = ["collect", "-o", data, *given, "--device", "cpu"]
+    assert command(capsys, *collecting)[0] == 0
+    assert command(capsys, *collecting)[0] == 0  # nothing to do
+    rest = ["--held-out-share", "0.5", "--device", "cpu", "--head", "conv", "--steps", "1"]
+    training = ["reflect", "-o", tmp_path / "head", "--data", data, *rest]
+    change(folder, component)
+    before = sorted(data.rglob("*"))
+    driven = [*collecting, "--round", "1", "--head", "cond", "guidance_scales=3"]
+    wanted = f"weights that the model has now \\({model_weights('it', str(folder))}\\), got round 0"
+    for arguments in (collecting, driven, training):
+        code, error = command(capsys, *arguments)
+        assert code == 2 and error.count("\n") == 1
+        assert error.startswith("core2: error: ") and "collect into another folder" in error
+        assert re.search(wanted, error)
+    file = data / "rounds" / "000.json"
+    settings = json.loads(file.read_text())
+    del settings["weights"]
+    file.write_text(json.dumps(settings))
+    for arguments in (collecting, training):
+        code, error = command(capsys, *arguments)
+        assert code == 2 and "with unknown ones" in error
+    assert sorted(data.rglob("*")) == before and not (tmp_path / "head").exists()
+
+
+def test_weights_are_those_that_are_loaded(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    before = model_weights("it", str(folder))
+    assert before == model_weights("it", str(model))
+    network = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(network, network.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    network.with_suffix(".bin").write_bytes(b"a pickle beside it")
+    (folder / "weak_head").mkdir(exist_ok=True)
+    (folder / "weak_head" / "model.safetensors").write_bytes(b"a head")
+    (folder / "unused.safetensors").write_bytes(b"all in one")
+    assert model_weights("it", str(folder)) == before
+    for component in ("transformer", "text_encoder_2", "vae"):
+        change(folder, component)
+        after = model_weights("it", str(folder))
+        assert after != before
+        before = after

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core2_sampler.cli import main
 from core2_sampler.collect import CollectConfig, Job, collect
 from core2_sampler.gap_error import NoiseBins, predict_gap, relative_gap_error, scales_of
 from core2_sampler.online_source import OnlineSource
@@ -146,20 +147,106 @@ def test_a_checkpoint_of_other_settings_is_refused(setup, source, tmp_path):
         reflect(make("tap", setup, width=64), source, ReflectConfig(**CONFIG, steps=2), **arguments)
 
 
+def test_a_checkpoint_of_other_data_or_another_head_is_refused(setup, tmp_path):
+    """The shapes of the weights and the settings are the same in each case."""
+
+    def collected(name, **options):
+        store = TrajectoryStore(tmp_path / name / "store")
+        jobs = [Job(f"{a} {b}", a + b, options.pop("seed", 0)) for a in "abcde" for b in "fgh"]
+        collect(jobs=jobs, store=store, config=CollectConfig((3.0,), **options), **setup)
+        return store
+
+    store, folder = collected("first"), tmp_path / "run"
+    config = ReflectConfig(**CONFIG, steps=2)
+
+    def train(source, **options):
+        head = make("adapter", setup, **options)
+        reflect(head, source, config, denoiser=setup["denoiser"], folder=folder)
+
+    source = store.source(0.25)
+    train(source)
+    train(store.source(0.25))
+    for other in (collected("second", seed=1).source(0.25), store.source(0.3)):
+        with pytest.raises(ValueError, match="checkpoint with other data in .*another folder"):
+            train(other)
+    with pytest.raises(ValueError, match="checkpoint with other head in"):
+        train(source, scale_range=(2.0, 4.0))
+    with pytest.raises(ValueError, match="another shape"):
+        train(source, rank=2)
+    collected("first", round=1)
+    with pytest.raises(ValueError, match="other data"):
+        train(store.source(0.25))
+    train(store.source(0.25, last_round=0))
+
+
+def test_the_command_refuses_to_resume_on_other_data(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts").write_text("a b\nc d\ne f\ng h\n")
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in (*arguments, "--device", "cpu")])
+        return done.value.code, capsys.readouterr().err
+
+    model = ["--model", tmp_path / "model", "--prompts", tmp_path / "prompts", "--steps", "2"]
+    for scale in (3, 4):
+        done = command("collect", "-o", tmp_path / f"c{scale}", *model, f"guidance_scales={scale}")
+        assert done[0] == 0
+    options = ["--held-out-share", "0.5", "--batch-size", "2", "--head", "conv", "--steps", "1"]
+    for rounds in (0, 1):
+        train = ["reflect", "-o", tmp_path / f"h{rounds}", *options, "--rounds", rounds, "--data"]
+        assert command(*train, tmp_path / "c3")[0] == 0
+        assert command(*train, tmp_path / "c3")[0] == 0  # all is there
+        code, error = command(*train, tmp_path / "c4")
+        assert code == 2 and "other data" in error and error.count("\n") == 1
+    assert set(TrajectoryStore(tmp_path / "c3").rounds()) == {0, 1}
+    assert set(TrajectoryStore(tmp_path / "c4").rounds()) == {0}
+    assert json.loads((tmp_path / "h1/card.json").read_text())["data"]["store"] == "c3"
+
+
 def test_the_time_box_ends_the_training(setup, source):
     config = ReflectConfig(**CONFIG, minutes=0.02, evaluations=1)
     progress = reflect(make("tap", setup), source, config, denoiser=setup["denoiser"]).progress
     assert progress.step > 1 and 1.2 <= progress.seconds < 10
 
 
-def test_it_trains_on_rows_that_are_never_stored(setup):
-    online = OnlineSource(
+def online_source(setup, **options):
+    return OnlineSource(
         prompts=[(a + b, f"{a} {b}") for a in "abcdefg" for b in "hijkl"],
         config=CollectConfig((3.0,), batch_size=16),
         held_out_share=0.25,
         **setup,
+        **options,
     )
-    head = make("tap", setup)
+
+
+def test_online_training_that_was_killed_ends_like_one_that_was_not(setup, tmp_path):
+    """The kill falls within a pool: 6 steps of 16 rows are one."""
+    config = ReflectConfig(**CONFIG, steps=16, save_seconds=0.0, evaluations=1)
+    whole, resumed = make("tap", setup), make("tap", setup, seed=9)
+    arguments = {"denoiser": setup["denoiser"]}
+
+    def rows():
+        return online_source(setup, held_out_trajectories=4)
+
+    reflect(whole, rows(), config, **arguments)
+
+    def log(line):
+        if line.startswith("step 9 "):
+            raise Stopped
+
+    arguments["folder"] = tmp_path
+    with pytest.raises(Stopped):
+        reflect(make("tap", setup), rows(), config, **arguments, log=log)
+    lines = []
+    report = reflect(resumed, rows(), config, **arguments, log=lines.append)
+    assert lines[0].startswith("resumed at step 8")
+    assert report.progress.step == 16
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_it_trains_on_rows_that_are_never_stored(setup):
+    online, head = online_source(setup), make("tap", setup)
     config = ReflectConfig(**CONFIG, steps=40, learning_rate=3e-3)
     report = reflect(head, online, config, denoiser=setup["denoiser"])
     assert report.held_out[-1][1] < 0.8

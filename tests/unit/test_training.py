@@ -1,6 +1,7 @@
 """The training loop: its rate, its result, and that a kill loses nothing but time."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ def quiet(_: str) -> None:
     pass
 
 
-def run(model, loss=None, folder=None, evaluate=None, **config):
+def run(model, loss=None, folder=None, evaluate=None, identity=None, **config):
     config = {"learning_rate": 0.05, "warmup_steps": 5, "save_seconds": 0} | config
-    loss = loss or regression(model)
-    return fit(model, loss, FitConfig(**config), folder=folder, evaluate=evaluate, log=quiet)
+    further = {"folder": folder, "evaluate": evaluate, "identity": identity, "log": quiet}
+    return fit(model, loss or regression(model), FitConfig(**config), **further)
 
 
 def test_the_rate_warms_up_holds_and_falls_with_the_share():
@@ -111,3 +112,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="must stay finite, got nan"):
         run(model, lambda step: model(torch.full((1, 2), torch.nan)).sum(), tmp_path, steps=9)
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, done):
+    of = {"data": {"scales": (2.0, 4.0)}, "head": "tap"}
+
+    def dying(model: nn.Module):
+        inner = regression(model)
+        return lambda step: inner(step) if step < 3 else stop()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    model = nn.Linear(2, 1)
+    with nullcontext() if done else pytest.raises(KeyboardInterrupt):
+        run(model, None if done else dying(model), tmp_path, identity=of, steps=6)
+    others = [of | {"head": "conv"}, {"data": of["data"]}, of | {"data": {"scales": [2.0]}}, None]
+    for other, named in zip(others, ("head", "head", "data", "data, other head"), strict=True):
+        with pytest.raises(ValueError, match=f"got a checkpoint with other {named} in"):
+            run(nn.Linear(2, 1), folder=tmp_path, identity=other, steps=6)
+    assert run(nn.Linear(2, 1), folder=tmp_path, identity=of, steps=6).step == 6
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path):
+    run(nn.Linear(2, 1), folder=tmp_path, steps=2)
+    with pytest.raises(ValueError, match="other kind in .*take another folder"):
+        run(nn.Linear(2, 1), folder=tmp_path, identity={"kind": "numeracy"}, steps=2)

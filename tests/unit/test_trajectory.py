@@ -86,13 +86,40 @@ def test_held_out_prompts_never_train(store):
     source = store.source(held_out_share=0.4, held_out_rows=9)
     held_out = {p for p in map(str, range(7)) if is_held_out(f"id-{p}", 0.4)}
     assert 0 < len(held_out) < 7
-    seen = set(source.train(500, torch.Generator().manual_seed(0)).pooled[:, 0].int().tolist())
+    seen = set(source.train(0, 500, seed=0).pooled[:, 0].int().tolist())
     evaluated = [rows.pooled[:, 0].int() for rows in source.held_out(4)]
     assert seen == {int(p) for p in {str(i) for i in range(7)} - held_out}
     assert set(torch.cat(evaluated).tolist()) <= {int(p) for p in held_out}
     assert [len(part) for part in evaluated] == [4, 4, 1]
     again = torch.cat([rows.pooled[:, 0].int() for rows in source.held_out(4)])
     assert torch.equal(torch.cat(evaluated), again)
+
+
+def test_a_batch_is_a_function_of_its_step_and_seed(store):
+    first, second = store.source(0.4), store.source(0.4)
+    for step in (2, 0):
+        assert torch.equal(first.train(step, 16, seed=1).x, second.train(step, 16, seed=1).x)
+    assert not torch.equal(first.train(2, 16, seed=1).x, first.train(2, 16, seed=2).x)
+    assert not torch.equal(first.train(2, 16, seed=1).x, first.train(3, 16, seed=1).x)
+
+
+def test_a_source_tells_what_it_holds_and_can_end_at_a_round(store):
+    store.pin_settings(0, {"steps": 3})
+    before = store.source(0.4).describe()
+    store.write_unit(*make_unit(range(0, 7), seeds=(5,), round=1))
+    store.pin_settings(1, {"steps": 3})
+    grown, first = store.source(0.4), store.source(0.4, last_round=0)
+    assert first.describe() == before and set(before["rounds"]) == {"000"}
+    assert set(grown.describe()["rounds"]) == {"000", "001"}
+    assert (before["records"], grown.describe()["records"]) == (14, 21)
+    assert len(grown.training) + len(grown.evaluation) == 3 * 21
+    assert len(first.training) + len(first.evaluation) == 3 * 14
+    other = TrajectoryStore(store.root.parent / "other" / "store")
+    other.write_unit(*make_unit(range(0, 4), seeds=(0, 1)))
+    other.write_unit(*make_unit(range(4, 7), seeds=(0, 2)))
+    other.pin_settings(0, {"steps": 3})
+    told = other.source(0.4).describe()
+    assert {key for key in told if told[key] != before[key]} == {"contents"}
 
 
 def test_the_split_is_sha256_of_the_prompt_id():

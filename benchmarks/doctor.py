@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
+from core2_sampler.benchmarks.geneval.color import CLIP as COLOR_MODEL
 from core2_sampler.benchmarks.scorers.clip import (
     CLIPSCORE,
     CLIPSCORE_GAEVAL,
@@ -34,9 +37,11 @@ ACTIVATIONS = {
 }
 """The activation that each scorer's weights were trained with."""
 
-_COLOR_MODEL = "ViT-L-14-quickgelu"  # GenEval's colours
 _PIXELS = 2 / 255  # rounding of one resampled pixel, and a little
-_PACKAGES = ("torch", "transformers", "pillow", "scipy", "open_clip_torch", "torchvision")
+_PACKAGES = (
+    *("torch", "transformers", "pillow", "scipy"),
+    *("open_clip_torch", "torchvision", "spacy"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +97,14 @@ def check_open_clip() -> Check:
     """Check that open_clip has GenEval's colour model with the activation it was trained with."""
     name = "open_clip"
     try:
-        config = open_clip().get_model_config(_COLOR_MODEL)
+        config = open_clip().get_model_config(COLOR_MODEL)
     except ModuleNotFoundError as error:
         return Check(name, None, f"{error}; HPSv2.1 and GenEval's colours need it")
     quick = bool(config and config.get("quick_gelu"))
     return Check(
         name,
         quick,
-        f"{_COLOR_MODEL} has QuickGELU: {'yes' if quick else 'no'}; plain ViT-L-14 has not had it "
+        f"{COLOR_MODEL} has QuickGELU: {'yes' if quick else 'no'}; plain ViT-L-14 has not had it "
         "since open_clip 2.29, which changes GenEval's colours",
     )
 
@@ -180,15 +185,25 @@ def check_torchvision_default() -> Check:
     )
 
 
-def check_versions() -> list[Check]:
-    """Return the versions of the packages that scores depend on."""
+def check_versions(requirements: Sequence[str] | None = None) -> list[Check]:
+    """Check the packages that scores depend on against the versions that this package asks for.
+
+    Args:
+        requirements: as in a package's metadata; default: those of this package.
+    """
+    stated = requires("core2-sampler") or [] if requirements is None else requirements
+    wanted = {each.name: each.specifier for each in map(Requirement, stated)}
     checks = []
     for name in _PACKAGES:
+        asked = wanted.get(name, SpecifierSet())
         try:
-            found, ok = version(name), True
+            found = version(name)
         except PackageNotFoundError:
-            found, ok = "not installed", None
-        checks.append(Check(f"version of {name}", ok, found))
+            checks.append(Check(f"version of {name}", None, "not installed"))
+            continue
+        ok = asked.contains(found, prereleases=True) if asked else None
+        bound = f"it must be {asked}" if asked else "no version is asked for, so not checked"
+        checks.append(Check(f"version of {name}", ok, f"{found}; {bound}"))
     return checks
 
 

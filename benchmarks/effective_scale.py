@@ -33,18 +33,17 @@ def project(d: Tensor, cond: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(scale, share)``, [B] each. Scale is ``1 + <d - cond, gap> / <gap, gap>``, signed: s for
-        CFG at s, 1 for cond; nan where the gap is zero. Share is the norm of what is left of
-        ``d - cond`` over its own: 0 for CFG and cond, 1 if it is orthogonal to the gap.
+        CFG at s, 1 for cond; nan where the gap is zero. Share is the norm of the part of
+        ``d - uncond`` across the gap over its own: 0 for CFG and cond, 1 if all of it is.
 
     Reference:
-        arXiv 2602.22570, in its released code the projection of ``d - uncond`` on the gap, which
-        is the same.
+        arXiv 2602.22570, whose released code projects ``d - uncond``: the scale is the same.
     """
     gap, change = wide(gap).flatten(1), (wide(d) - wide(cond)).flatten(1)  # [B, C * H * W]
     power = gap.square().sum(1)
     along = (change * gap).sum(1) / power
     left = change - torch.where(power > 0, along, 0.0)[:, None] * gap
-    length = change.norm(dim=1)
+    length = (change + gap).norm(dim=1)  # of d - uncond
     share = torch.where(length > 0, left.norm(dim=1) / length, 0.0)
     return 1 + along, share
 

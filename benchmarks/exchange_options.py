@@ -52,8 +52,10 @@ class ImportImagesConfig:
     suite: str | None = option(
         None, help="The suite of the prompts; by default the layout's. Not with --run."
     )
-    source: Path | None = option(
-        None, help="File or folder with the suite's prompts; by default they are fetched."
+    source: str | None = option(
+        None,
+        help="File or folder with the suite's prompts, https:// address, or "
+        "hf:datasets/OWNER/NAME/FILE; by default they are fetched.",
     )
     limit: int | None = option(None, help="Only the first so many prompts.", min=1)
     skip_nsfw: bool = option(False, help="The prompts that are not safe for work are left out.")

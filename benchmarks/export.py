@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from core2_sampler.atomic import write_atomic
+from core2_sampler.benchmarks.geneval.aggregate import ResultRow, write_results
 from core2_sampler.benchmarks.geneval.layout import place_of, write_folder
 from core2_sampler.benchmarks.images import ImageRecord, ImageStore
-from core2_sampler.benchmarks.judges import geneval_prompt
+from core2_sampler.benchmarks.judges import GENEVAL, TINY, geneval_prompt
 from core2_sampler.benchmarks.runs import Run, RunArm, store_of
+from core2_sampler.benchmarks.scores import read_scores
 
 SUITE_OF = {"geneval": "geneval", "t2icompbench": "t2icompbench", "hpsv2": "hpdv2"}
 """The suite of each layout."""
@@ -22,6 +25,8 @@ IMAGES_FILE = "core2-images.json"
 
 def export(out: Path, runs: Iterable[Run], layout: str, to: Path) -> list[tuple[Path, int]]:
     """Copy the images of every arm of the runs that a layout is for.
+
+    In GenEval's layout, verdicts of its port go beside them, in the rows of the official results.
 
     Args:
         out: folder of the results.
@@ -50,6 +55,8 @@ def export(out: Path, runs: Iterable[Run], layout: str, to: Path) -> list[tuple[
             store = store_of(out, entry)
             records = _records(run, entry, store)
             writer(folder, run, store, records)
+            if layout == GENEVAL:
+                _write_verdicts(out, folder, run, records)
             done.append((folder, len(records)))
     return done
 
@@ -85,6 +92,39 @@ def _geneval(folder: Path, run: Run, store: ImageStore, records: Records) -> Non
     places = {place_of(p.id, k): r.sha256 for p, own in prompts for k, r in enumerate(own)}
     about = {"run": run.name, "arm": folder.name, "images": places}
     write_atomic(folder / IMAGES_FILE, json.dumps(about).encode())
+
+
+def _write_verdicts(out: Path, folder: Path, run: Run, records: Records) -> None:
+    """Write ``results-JUDGE.jsonl`` for each port of GenEval's judge that has seen all images.
+
+    The boxes of its detector are not kept with scores, so the details of a row are empty.
+    """
+    for scores in read_scores(out):
+        if scores.name not in (GENEVAL, f"{GENEVAL}-{TINY}"):
+            continue
+        rows: list[ResultRow] = []
+        numbers: Counter[str] = Counter()
+        for case in run.cases:
+            record, prompt = records[case.key], geneval_prompt(case.prompt)  # type: ignore[arg-type]
+            found = scores.get(record.sha256, case.prompt)  # type: ignore[arg-type]
+            if found is None:
+                break
+            rows.append(
+                ResultRow(
+                    filename=f"{folder.name}/{place_of(prompt.id, numbers[prompt.id])}",
+                    tag=prompt.task,
+                    prompt=prompt.text,
+                    correct=found.value > 0,
+                    reason=found.reason,
+                    metadata=prompt.metadata_line(),
+                    details="{}",
+                    judge=scores.key,
+                    sha256=record.sha256,
+                )
+            )
+            numbers[prompt.id] += 1
+        else:
+            write_results(folder / f"results-{scores.path.stem}.jsonl", rows)
 
 
 def _t2icompbench(folder: Path, run: Run, store: ImageStore, records: Records) -> None:

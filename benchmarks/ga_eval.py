@@ -2,7 +2,8 @@
 
 Judges reward strong guidance, and with a head that predicts nothing, weak-to-strong 1.5 at scale
 3.5 is CFG at 4.75. So a win has to hold against CFG at the method's own effective guidance scale
-and NFE. On FLUX the scale is that of the pipeline's true CFG, with ``weak_guidance`` or without.
+and NFE. On FLUX the scale is that of the pipeline's true CFG alone, with ``weak_guidance`` or
+without; that of embedded guidance on its own is not measured.
 
 Reference: Xie et al., Guidance Matters, arXiv 2602.22570.
 """
@@ -152,6 +153,11 @@ def matched_arms(arm: Arm, scale: float, nfe: float) -> tuple[Arm, Arm]:
     name = f"{arm.name}-matched"
     matched = Arm(name, "cfg", steps, scale) if scale > 1 else Arm(name, "cond", steps, 1.0)
     return Arm("cfg", "cfg", arm.steps, arm.guidance_scale), matched
+
+
+def is_below_cfg(scale: float) -> bool:
+    """Tell whether a measured scale is below 1, so that `matched_arms` has but cond at 1 for it."""
+    return round(scale, _SCALE_DIGITS) < 1
 
 
 def verdict(name: str, default: Difference, matched: Difference) -> str:

@@ -112,7 +112,9 @@ def _own_run(config: ImportImagesConfig) -> Run:
         raise ConfigError(
             "suite must be given for plain images that join no run: the suite of their prompts"
         )
-    prompts = load(suite, config.source, limit=config.limit, skip_nsfw=config.skip_nsfw)
+    prompts = load(
+        suite, config.source, limit=config.limit, evenly=False, skip_nsfw=config.skip_nsfw
+    )
     settings = {"model": config.model or "images made elsewhere", "family": _MARK}
     return Run(suite, tuple(prompts), (), settings)
 

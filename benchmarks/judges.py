@@ -12,8 +12,11 @@ from PIL import Image
 
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.geneval.prompts import GenEvalPrompt, prompt_from_record
+from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.scorers import SCORERS, T2ICOMPBENCH, t2icompbench_scorer
-from core2_sampler.benchmarks.scorers.base import loading
+from core2_sampler.benchmarks.scorers.base import loading, need
+from core2_sampler.benchmarks.scorers.blipvqa import check_chunks
+from core2_sampler.benchmarks.scorers.hpsv21 import OPEN_CLIP
 from core2_sampler.benchmarks.suites import SUITES, SuitePrompt
 from core2_sampler.registry import unknown_name
 
@@ -77,6 +80,27 @@ def split_spec(text: str) -> tuple[str, str | None]:
     return name, source or None
 
 
+def check_judge(name: str, source: str | None) -> None:
+    """Check that a judge's packages are here, without loading anything.
+
+    Args:
+        name: of the judge.
+        source: as in its spec.
+
+    Raises:
+        ModuleNotFoundError: if a package is missing.
+        ValueError: if spaCy's English model is.
+    """
+    if name == GENEVAL:
+        need("GenEval's detector", "scipy")
+        if source != TINY:
+            need("GenEval's classifier of colors", *OPEN_CLIP)
+    elif name == "hpsv21":
+        need("HPSv2.1", *OPEN_CLIP)
+    elif name == "blipvqa" and source != TINY:
+        check_chunks(source)
+
+
 def judge_name(text: str) -> str:
     """Return what reports call the judge of a spec."""
     name, source = split_spec(text)
@@ -103,10 +127,18 @@ def suite_judges(suite: str, tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(T2ICOMPBENCH[task] for task in tasks if task in T2ICOMPBENCH))
 
 
-def check_judged(suite: str, tasks: Sequence[str]) -> None:
-    """Raise ValueError if no judge that a suite declares is supported for any of its tasks."""
-    if not suite_judges(suite, tasks):
+def default_judges(suite: str, tasks: Sequence[str], presets: Sequence[str]) -> list[str]:
+    """Return the judges of some presets, or without any those that a suite declares.
+
+    Raises:
+        ValueError: if there is no such preset, or none of the declared judges is supported for
+            any of the tasks.
+    """
+    scorers = [scorer for name in presets for scorer in PRESETS.get(name).scorers]
+    declared = list(dict.fromkeys(scorers)) or suite_judges(suite, tasks)
+    if not declared:
         t2icompbench_scorer(tasks[0])
+    return declared
 
 
 def without_judge(suite: str, tasks: Sequence[str]) -> str:
@@ -181,7 +213,7 @@ def load_geneval(source: str | None, device: str) -> GenEvalJudge:
         device: of its models.
 
     Raises:
-        ValueError: if the detector does not know COCO's classes, or cannot be reached.
+        ValueError: if the detector does not know COCO's classes, or weights cannot be reached.
         ModuleNotFoundError: if a package of the extra ``bench`` is missing.
     """
     if source == TINY:
@@ -192,9 +224,10 @@ def load_geneval(source: str | None, device: str) -> GenEvalJudge:
     from core2_sampler.benchmarks.geneval.detect import DETECTOR, load_detector
     from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
 
+    colors = load_colors(device=device)
     with loading(source or DETECTOR):
         detector = load_detector(source or DETECTOR, device=device)
-    return GenEvalJudge(detector, load_colors(device=device))
+    return GenEvalJudge(detector, colors)
 
 
 def geneval_prompt(prompt: SuitePrompt) -> GenEvalPrompt:

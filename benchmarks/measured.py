@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from core2_sampler.benchmarks.cache import digest
 from core2_sampler.benchmarks.images import ImageRecord
 from core2_sampler.benchmarks.judges import (
+    GENEVAL,
     OFFICIAL,
     SHARES,
     TINY,
@@ -78,6 +80,7 @@ class Metric:
         cases: the cases that it judges, in the run's order.
         arms: the arms.
         is_shared: whether several judges of the run have this name.
+        environments: device and versions that the judge ran with, each once.
     """
 
     run: Run
@@ -86,11 +89,17 @@ class Metric:
     cases: list[Case]
     arms: list[Measured]
     is_shared: bool = False
+    environments: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
-        """What reports call it: the judge's name, with a mark of its key where that is needed."""
+        """Its name in rows: the judge's, with a mark of its key where that is needed."""
         return f"{self.judge}@{digest(self.key)[:6]}" if self.is_shared else self.judge
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, plots and texts, where GenEval's port is called one."""
+        return f"{self.name} (HF port)" if self.plain_judge == GENEVAL else self.name
 
     @property
     def plain_judge(self) -> str:
@@ -101,6 +110,11 @@ class Metric:
     def is_share(self) -> bool:
         """Whether scores are 1 (right) or 0."""
         return self.plain_judge in SHARES
+
+    @property
+    def is_geneval(self) -> bool:
+        """Whether it is GenEval's score, by whatever detector."""
+        return self.plain_judge in (GENEVAL, OFFICIAL)
 
     @property
     def is_primary(self) -> bool:
@@ -176,7 +190,7 @@ def measure(out: Path, run: Run, scores: Scores) -> Metric | None:
     known = [value for each in found for value in each.values if not np.isnan(value)]
     if not known:
         return None
-    metric = Metric(run, scores.name, scores.key, cases, found)
+    metric = Metric(run, scores.name, scores.key, cases, found, environments=scores.environments)
     without = sum(int(np.isnan(each.values).sum()) for each in found)
     unscored = without - sum(each.failed for each in found)
     if unscored:

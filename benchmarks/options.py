@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core2_sampler.benchmarks.arms import FIRST_TABLE, SUITE_ARMS
-from core2_sampler.config import ConfigError, option
+from core2_sampler.config import ConfigError, check_folder, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,13 @@ class GenerateConfig:
         help="A prompt suite: shapes, drawbench, geneval, hpdv2, pickapic or t2icompbench; by "
         "default the preset's, else shapes.",
     )
-    source: Path | None = option(
-        None, help="File or folder with the suite's prompts; by default they are fetched."
+    source: str | None = option(
+        None,
+        help="File or folder with the suite's prompts, https:// address, or "
+        "hf:datasets/OWNER/NAME/FILE; by default they are fetched.",
     )
     limit: int | None = option(
-        None, help="Only the first so many prompts, of those not left out.", min=1
+        None, help="Only so many prompts, of every task alike, of those not left out.", min=1
     )
     skip_nsfw: bool = option(False, help="Leave out prompts that are not safe for work.")
     preset: str | None = option(
@@ -162,7 +164,9 @@ class Judging:
     judge_batch_size: int = option(16, help="Images judged at once.", min=1)
     judge_device: str = option("auto", help="A torch device for the judges; auto: the best one.")
     judge_dtype: Literal["fp32", "fp16", "bf16"] = option(
-        "fp32", help="Precision of the judges' weights; part of what scores are kept by."
+        "fp32",
+        help="Precision of the judges' weights; part of what scores are kept by. GenEval's judge "
+        "is always fp32, and a plugin chooses its own.",
     )
 
 
@@ -200,7 +204,7 @@ class CalibrateConfig:
         help="Folder for the labelled images, 00000/samples/00000.png and so on; what is not there "
         "is fetched from the addresses in the labels."
     )
-    source: Path | None = option(
+    source: str | None = option(
         None, help="GenEval's evaluation_metadata.jsonl; by default it is fetched."
     )
     detector: str | None = option(
@@ -218,9 +222,10 @@ class DoctorConfig:
 
 
 def check_out(path: Path) -> None:
-    """Raise ConfigError unless ``path`` can name a table."""
+    """Raise ConfigError unless ``path`` can name a table, and be written."""
     if path.suffix != ".md" or path.is_dir():
         raise ConfigError(f"out must be a file that ends in .md, got {path}")
+    check_folder(path.parent, "the folder of out")
 
 
 def command_line(config: Any) -> str:

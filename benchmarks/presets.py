@@ -24,7 +24,7 @@ class Preset:
         seeds: seeds of each prompt.
         scorers: judges.
         deviations: what is not as published.
-        limit: only the first so many prompts.
+        limit: only so many prompts; of a list without tasks, the first.
     """
 
     about: str
@@ -63,7 +63,7 @@ for _name, _preset in {
         ),
     ),
     "ga-eval": Preset(
-        "the prompts, steps and scorers of GA-Eval (arXiv 2602.22570)",
+        "after GA-Eval (arXiv 2602.22570): its Pick-a-Pic prompts, its steps and most scorers",
         "pickapic",
         {"sdxl": 50, "sd3": 50, "flux": 50},
         {"sdxl": 5.5, "sd3": 5.5, "flux": 5.5},
@@ -71,7 +71,8 @@ for _name, _preset in {
         ("hpsv21", "pickscore", "imagereward", "aes", "clipscore-gaeval"),
         (
             _OWN_LATENTS,
-            "no MPS and no FID",
+            "one of its four prompt sets",
+            "HPSv2.1 in place of HPSv2, no MPS and no FID",
             "published scale known for SDXL alone, used for every family",
             "CFG at one mean effective scale for each arm, not at another for each image",
         ),

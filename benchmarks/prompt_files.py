@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+_PARQUET = (
+    " (with pandas and pyarrow: pandas.read_parquet(FILE)[['caption']].to_json('list.jsonl', "
+    "orient='records', lines=True))"
+)
+
 Row = dict[str, Any]
 """One row of a list, by column."""
 
@@ -29,7 +34,7 @@ def read_rows(path: Path) -> list[Row]:
     if path.suffix not in readers:
         raise ValueError(
             f"a prompt list must be one of {', '.join(readers)}, got {path.name}: write its "
-            "column of prompts to one of them"
+            f"column of prompts to one of them{_PARQUET if path.suffix == '.parquet' else ''}"
         )
     try:
         items = list(readers[path.suffix](path.read_text(encoding="utf-8-sig")))

@@ -166,7 +166,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
     for (family, arm, steps, scale), cells in arms.items():
         first = next(iter(cells.values()))
         n_images = max(row.n_images for row in cells.values())
-        fixed = [family, arm, f"{steps}", f"{scale:g}", f"{first.nfe:g}", f"{n_images}"]
+        shown = "" if math.isnan(scale) else f"{scale:g}"
+        fixed = [family, arm, f"{steps}", shown, f"{first.nfe:g}", f"{n_images}"]
         lines.append(fixed + [_cell(cells.get(metric)) for metric in metrics])
     return markdown_lines(head, lines, texts=2)
 

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 
 from core2_sampler.benchmarks.compare import Comparison
 from core2_sampler.benchmarks.correction import flips_for
-from core2_sampler.benchmarks.ga_eval import Difference, verdict
+from core2_sampler.benchmarks.ga_eval import Difference, is_below_cfg, verdict
 from core2_sampler.benchmarks.importing import is_imported, is_known_plain
 from core2_sampler.benchmarks.measured import Metric
-from core2_sampler.benchmarks.runs import REFERENCE, Run, RunArm
+from core2_sampler.benchmarks.presets import PRESETS
+from core2_sampler.benchmarks.report import provenance_facts
+from core2_sampler.benchmarks.runs import MATCHED, REFERENCE, Run, RunArm
+from core2_sampler.benchmarks.scorers import ABOUT
 from core2_sampler.benchmarks.stats import sign_flip_floor
+from core2_sampler.benchmarks.suites import SUITES
 
 _FEW = 10
 """A bootstrap over n prompts of a task takes its variance for (n - 1) / n of what it is."""
@@ -54,7 +58,7 @@ def _pairs(
     for each in compared:
         if each.p_holm is not None:
             entry = each.arm.entry
-            _, pair = pairs.setdefault((each.metric.name, run.short_name(entry)), (entry, {}))
+            _, pair = pairs.setdefault((each.metric.label, run.short_name(entry)), (entry, {}))
             is_default = each.reference.entry.arm.name == REFERENCE
             pair[is_default] = Difference(each.difference, each.p_holm, each.metric.is_share)
     return pairs
@@ -86,6 +90,64 @@ def small_note(metrics: Sequence[Metric]) -> list[str]:
     return [
         f"A task has only {smallest} prompt{'s' * (smallest > 1)}: below {_FEW}, bootstrap "
         "intervals are narrower than they should be. This is a try-out, not a measurement."
+    ]
+
+
+def tasks_note(run: Run, metrics: Sequence[Metric]) -> list[str]:
+    """Say which tasks of the suite a run lacks, or has no image of."""
+    there = {prompt.task for prompt in run.prompts}
+    notes = []
+    if absent := [task for task in SUITES.get(run.suite).tasks if task not in there]:
+        notes.append(
+            f"These are not scores of the whole suite {run.suite}: it has no prompt of "
+            f"{', '.join(absent)} here."
+        )
+    failed: dict[str, dict[str, None]] = {}  # tasks of each arm
+    for metric in metrics:
+        for arm in metric.arms:
+            both = zip(metric.cases, arm.records, strict=True)
+            made = {case.prompt.task for case, record in both if record}
+            lacking = [case.prompt.task for case in metric.cases if case.prompt.task not in made]
+            if lacking:
+                failed.setdefault(arm.entry.label, {}).update(dict.fromkeys(lacking))
+    return notes + [
+        f"{label} has no image of {', '.join(tasks)}: all of them count as failed."
+        for label, tasks in failed.items()
+    ]
+
+
+def below_note(run: Run) -> list[str]:
+    """Say which effective scales CFG cannot be run at."""
+    return [
+        f"The effective scale of {run.short_name(entry)} is {entry.effective_scale:.2f}, and CFG "
+        f"has none below 1: {entry.arm.name}{MATCHED} is the model without guidance."
+        for entry in run.arms
+        if entry.effective_scale is not None and is_below_cfg(entry.effective_scale)
+    ]
+
+
+def preset_note(run: Run, metrics: Sequence[Metric]) -> list[str]:
+    """Say where the judges of a run are not those of the presets that it was generated with."""
+    there = list(dict.fromkeys(metric.judge for metric in metrics))
+    notes = []
+    for name in dict.fromkeys(entry.provenance.get("preset") for entry in run.arms):
+        if name is None:
+            continue
+        wanted = PRESETS.get(name).scorers
+        lacking = [scorer for scorer in wanted if scorer not in there]
+        more = [judge for judge in there if judge not in wanted]
+        notes += [f"not as in {name}: no scores by {', '.join(lacking)}"] if lacking else []
+        notes += [f"not as in {name}: also scores by {', '.join(more)}"] if more else []
+    return notes
+
+
+def judge_notes(metric: Metric) -> list[str]:
+    """Say what a judge may be used for, and what it ran on."""
+    about = [] if metric.is_meaningless else [ABOUT.get(metric.judge, "")]
+    made = [", ".join(provenance_facts(each).values()) for each in metric.environments]
+    return [
+        *(f"{metric.label}: {text}" for text in about if text),
+        *(f"{metric.label} judged on {text}" for text in made),
     ]
 
 

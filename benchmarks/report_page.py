@@ -15,12 +15,16 @@ from core2_sampler.benchmarks.measured import Metric, declared, measure_run
 from core2_sampler.benchmarks.notes import INTERVALS, PAIRED
 from core2_sampler.benchmarks.report import Row, provenance_facts, write_rows
 from core2_sampler.benchmarks.report_findings import (
+    below_note,
     cost_note,
     findings,
     floor_note,
     imported_note,
+    judge_notes,
+    preset_note,
     same_note,
     small_note,
+    tasks_note,
 )
 from core2_sampler.benchmarks.report_plots import (
     contact_sheets,
@@ -37,7 +41,7 @@ from core2_sampler.benchmarks.report_render import (
     markdown_lines,
 )
 from core2_sampler.benchmarks.report_tables import comparison_table, score_table, task_table
-from core2_sampler.benchmarks.runs import REFERENCE, Run, read_runs
+from core2_sampler.benchmarks.runs import MATCHED, REFERENCE, Run, read_runs
 from core2_sampler.benchmarks.scores import read_scores
 from core2_sampler.benchmarks.suites import SUITES
 
@@ -182,7 +186,9 @@ def _notes(out: Path, run: Run, metrics: Sequence[Metric]) -> list[str]:
         f"{suite.about}; licence: {suite.licence}",
         f"{len(run.prompts)} of {suite.size} prompts, seeds {', '.join(map(str, run.seeds))}",
         f"run {run.name}",
-        *(f"key of {metric.name}: {metric.key}" for metric in metrics),
+        *(f"key of {metric.label}: {metric.key}" for metric in metrics),
+        *(text for metric in metrics for text in judge_notes(metric)),
+        *preset_note(run, metrics),
         *(text for metric in metrics for text in agreements(out, metric.key)),
         *_origins(run),
     ]
@@ -195,7 +201,7 @@ def _warnings(
     missing: Sequence[str],
 ) -> list[str]:
     """Return what must not be overlooked beside what the comparisons say."""
-    random = [metric.name for metric in metrics if metric.is_meaningless]
+    random = [metric.label for metric in metrics if metric.is_meaningless]
     failed = {arm.entry.label: arm.failed for metric in metrics for arm in metric.arms}
     deciding = [m.plain_judge for m in metrics if m.is_primary and not m.is_meaningless]
     lacking = [name for name in declared(run) if name not in deciding]
@@ -215,8 +221,10 @@ def _warnings(
         )
     if text := without_judge(run.suite, [prompt.task for prompt in run.prompts]):
         warnings.append(f"{text}.")
+    warnings += [*tasks_note(run, metrics), *below_note(run)]
     warnings += [*imported_note(run), *small_note(metrics)]
-    if not compared:
+    methods = [e for e in run.arms if e.arm.name != REFERENCE and not e.arm.name.endswith(MATCHED)]
+    if methods and not compared:
         warnings.append(f"Without an arm {REFERENCE} at the same N and scale nothing is compared.")
     return warnings
 

@@ -44,7 +44,7 @@ def quality_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | Non
         if not name.endswith(MATCHED):
             axes.fill_between(nfe, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="denoiser evaluations of an image (NFE)", ylabel=_unit(metric))
-    title = f"{metric.name} against NFE, 95 % intervals; arms of equal NFE stand side by side"
+    title = f"{metric.label} against NFE, 95 % intervals; arms of equal NFE stand side by side"
     return _finished(figure, axes, title)
 
 
@@ -106,7 +106,7 @@ def scale_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
         axes.plot(scales, values, "k.", ls=_DASHES[k % 4], label=f"cond and CFG, {steps} steps")
         axes.fill_between(scales, low, high, color="black", alpha=0.08, linewidth=0)
     axes.set(xlabel="effective guidance scale", ylabel=_unit(metric))
-    title = f"{metric.name} against the effective guidance scale, 95 % intervals"
+    title = f"{metric.label} against the effective guidance scale, 95 % intervals"
     return _finished(figure, axes, title)
 
 
@@ -127,7 +127,7 @@ def task_bars(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
         axes.vlines(places, low, high, color="0.5", linewidth=1)
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axes.set(ylabel=_unit(metric))
-    return _finished(figure, axes, f"{metric.name} by task, 95 % intervals")
+    return _finished(figure, axes, f"{metric.label} by task, 95 % intervals")
 
 
 def contact_sheets(out: Path, found: Comparison, count: int) -> list[Picture]:
@@ -142,7 +142,7 @@ def contact_sheets(out: Path, found: Comparison, count: int) -> list[Picture]:
     }
     return [
         Picture(
-            f"{kind} pairs by {found.metric.name}: left {found.reference.entry.arm.name}, "
+            f"{kind} pairs by {found.metric.label}: left {found.reference.entry.arm.name}, "
             f"right {found.metric.run.short_name(found.arm.entry)}",
             "image/png",
             _sheet(out, found, chosen, change),
@@ -189,7 +189,7 @@ def _columns(
 
 
 def _unit(metric: Metric) -> str:
-    name = f"{metric.name}, % right" if metric.is_share else metric.name
+    name = f"{metric.label}, % right" if metric.is_share else metric.label
     return f"{name}: MEANINGLESS" if metric.is_meaningless else name
 
 

@@ -172,12 +172,13 @@ def _latex_figure(section: Section, picture: Picture) -> str:
 def _latex_table(section: Section, table: Table) -> str:
     lines = [" & ".join(_cells(line, _tex)) + r" \\" for line in (table.head, *table.lines)]
     columns = "l" * table.texts + "r" * (len(table.head) - table.texts)
-    warnings = [_tex(warning) for warning in section.warnings]
+    parts = [f"{section.title}: {table.caption}", *section.warnings]
+    caption = ". ".join(_tex(part.removesuffix(".")) for part in parts)
     return "\n".join(
         [
             r"\begin{table}[htbp]",
             r"\centering",
-            rf"\caption{{{'. '.join([_tex(f'{section.title}: {table.caption}'), *warnings])}}}",
+            rf"\caption{{{caption}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",

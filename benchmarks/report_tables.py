@@ -6,17 +6,20 @@ import math
 from collections.abc import Sequence
 
 from core2_sampler.benchmarks.compare import Comparison
-from core2_sampler.benchmarks.measured import Metric
+from core2_sampler.benchmarks.geneval.aggregate import correct_prompts
+from core2_sampler.benchmarks.measured import Measured, Metric
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.report_render import Table, without_empty_columns
 from core2_sampler.benchmarks.runs import Run
 from core2_sampler.benchmarks.stats import Estimate
 
+_SHARES = ["% correct images", "% correct prompts"]
+
 
 def score_table(metric: Metric, rows: Sequence[Sequence[Row]]) -> Table:
     """Return the arms with what they cost and how they score."""
     head = ["arm", "steps", "scale", "NFE", "s/image", "images", "failed"]
-    head += ["effective scale", "orthogonal", metric.name]
+    head += ["effective scale", "orthogonal", metric.label, *_SHARES * metric.is_geneval]
     lines = []
     for arm, (own, *_) in zip(metric.arms, rows, strict=True):
         entry = arm.entry
@@ -32,6 +35,7 @@ def score_table(metric: Metric, rows: Sequence[Sequence[Row]]) -> Table:
                 _known(entry.effective_scale, ".2f"),
                 _known(entry.orthogonal_share, ".2f"),
                 _cell(metric, _estimate(own)),
+                *(_correct(metric, arm) if metric.is_geneval else ()),
             ]
         )
     return without_empty_columns(Table(_caption(metric), head, lines))
@@ -58,7 +62,7 @@ def comparison_table(run: Run, compared: Sequence[Comparison]) -> Table:
             [
                 run.short_name(each.arm.entry),
                 each.reference.entry.arm.name,
-                each.metric.name,
+                each.metric.label,
                 _cell(each.metric, each.difference, "+"),
                 f"{each.p_value:.2g}",
                 "" if each.p_holm is None else f"{each.p_holm:.2g}",
@@ -74,7 +78,14 @@ def comparison_table(run: Run, compared: Sequence[Comparison]) -> Table:
 def _caption(metric: Metric) -> str:
     marks = ["decides"] * metric.is_primary + ["MEANINGLESS"] * metric.is_meaningless
     unit = " %" if metric.is_share else ""
-    return f"{metric.name}{unit} ({', '.join(marks)})" if marks else f"{metric.name}{unit}"
+    return f"{metric.label}{unit} ({', '.join(marks)})" if marks else f"{metric.label}{unit}"
+
+
+def _correct(metric: Metric, arm: Measured) -> list[str]:
+    """Return GenEval's two other scores: of all images alike, and of prompts with a right image."""
+    right = [value > 0 for value in arm.values]
+    prompts = correct_prompts(zip(metric.clusters, right, strict=True))
+    return [_number(metric, sum(right) / len(right)), _number(metric, prompts)]
 
 
 def _estimate(row: Row) -> Estimate:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from core2_sampler.benchmarks.arms import SUITE_ARMS, Arm, build_arms
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
-from core2_sampler.benchmarks.judges import split_spec
+from core2_sampler.benchmarks.judges import check_judge, split_spec
 from core2_sampler.benchmarks.options import GenerateConfig
 from core2_sampler.benchmarks.presets import PRESETS, Preset
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.suites import SuitePrompt, load
-from core2_sampler.config import ConfigError, user_input
+from core2_sampler.config import ConfigError, check_folder, user_input
 from core2_sampler.evaluators.shipped import find_evaluator
 from core2_sampler.model_files import ModelFiles, find_model
 
@@ -47,8 +47,7 @@ def check_request(config: GenerateConfig) -> Request:
     Raises:
         ConfigError: naming what must hold, what was given and what to do.
     """
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"out must be a folder, got the file {config.out}")
+    check_folder(config.out, "out")
     with user_input():
         preset = None if config.preset is None else PRESETS.get(config.preset)
         Shard.parse(config.shard)
@@ -87,13 +86,18 @@ def _deviations(config: GenerateConfig, preset: Preset | None) -> tuple[str, ...
     """Return where a run does not follow its preset: by nature, and by the user's options."""
     if preset is None:
         return ()
-    names = ("suite", "limit", "steps", "guidance_scale", "seeds", "skip_nsfw")
+    names = ("suite", "source", "limit", "steps", "guidance_scale", "seeds", "skip_nsfw")
     given = [f"{name} given as {getattr(config, name)}" for name in names if getattr(config, name)]
     return (*preset.deviations, *given)
 
 
 def check_scorers(specs: Sequence[str]) -> None:
-    """Raise ConfigError for a scorer that does not exist, before hours of generation."""
+    """Check scorers before hours of generation.
+
+    Raises:
+        ConfigError: for one that does not exist.
+        ModuleNotFoundError: for one whose packages are missing.
+    """
     with user_input():
         for spec in specs:
-            split_spec(spec)
+            check_judge(*split_spec(spec))

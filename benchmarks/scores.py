@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core2_sampler.atomic import write_atomic
 from core2_sampler.benchmarks.cache import digest
@@ -15,6 +15,8 @@ from core2_sampler.benchmarks.judges import Judge, asked, judges_task
 from core2_sampler.benchmarks.lines import append_lines, read_lines
 from core2_sampler.benchmarks.runs import Run, store_of
 from core2_sampler.benchmarks.suites import SuitePrompt
+
+_ABOUT = ("name", "key", "by_meta", "environments")
 
 
 class Scored(NamedTuple):
@@ -38,10 +40,20 @@ class Scores:
     Attributes:
         name: of the judge.
         key: of the judge.
+        environments: device and versions that the scores were given with, each once.
     """
 
-    def __init__(self, path: Path, name: str, key: str, by_meta: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        key: str,
+        by_meta: bool,
+        environments: Sequence[Mapping[str, Any]] = (),
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path, self.name, self.key, self.by_meta = path, name, key, by_meta
+        self.environments, self._environment = list(environments), environment
         lines = read_lines(path)
         self._kept = {
             (line["image"], line["asked"]): Scored(line["score"], line["reason"]) for line in lines
@@ -59,14 +71,31 @@ class Scores:
             self._kept[key] = Scored(value, reason)
             lines.append({"image": key[0], "asked": key[1], "score": value, "reason": reason})
         append_lines(self.path, lines)
+        if lines and self._environment and self._environment not in self.environments:
+            self.environments.append(self._environment)
+            self.write_about()
+
+    def write_about(self) -> None:
+        """Write down whose scores these are, beside them."""
+        about = {name: getattr(self, name) for name in _ABOUT}
+        write_atomic(self.path.with_suffix(".json"), json.dumps(about, indent=1).encode())
 
 
-def open_scores(out: Path, judge: Judge) -> Scores:
-    """Return the scores that a folder of results has from a judge, and a place for more."""
+def open_scores(out: Path, judge: Judge, environment: Mapping[str, Any] | None = None) -> Scores:
+    """Return the scores that a folder of results has from a judge, and a place for more.
+
+    Args:
+        out: the folder.
+        judge: the judge.
+        environment: what it runs in, see `core2_sampler.info.environment`; kept with its scores.
+    """
     path = out / "scores" / f"{judge.name}-{digest(judge.key)[:8]}.jsonl"
-    about = {"name": judge.name, "key": judge.key, "by_meta": judge.by_meta}
-    write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
-    return Scores(path, **about)  # type: ignore[arg-type]
+    about = path.with_suffix(".json")
+    before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    environments = before.get("environments", [])
+    scores = Scores(path, judge.name, judge.key, judge.by_meta, environments, environment)
+    scores.write_about()
+    return scores
 
 
 def read_scores(out: Path) -> list[Scores]:

@@ -14,14 +14,12 @@ from accelerate import PartialState
 
 from core2_sampler.benchmarks.generate import Outcome, fill_arm
 from core2_sampler.benchmarks.judges import (
-    check_judged,
+    default_judges,
     load_judge,
-    suite_judges,
     without_judge,
 )
 from core2_sampler.benchmarks.matching import is_plain, match
 from core2_sampler.benchmarks.options import GenerateConfig, Judging
-from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.report import provenance
 from core2_sampler.benchmarks.request import Request, check_scorers
 from core2_sampler.benchmarks.runner import check_arm, cut_prompts, shared_key
@@ -30,7 +28,7 @@ from core2_sampler.benchmarks.scores import open_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.study import Study
 from core2_sampler.config import user_input
-from core2_sampler.info import pick_device
+from core2_sampler.info import environment, pick_device
 from core2_sampler.pipelines.auto import load_pipeline
 from core2_sampler.precision import DTYPES, pick_dtype
 from core2_sampler.progress import hide_loading, progress_bar
@@ -174,12 +172,7 @@ def declared_judges(run: Run, preset: str | None) -> list[str]:
     names = {entry.provenance.get("preset"): None for entry in run.arms}
     presets = [name for name in ([preset] if preset else names) if name is not None]
     with user_input():
-        scorers = [scorer for name in presets for scorer in PRESETS.get(name).scorers]
-    tasks = [prompt.task for prompt in run.prompts]
-    if not scorers:
-        with user_input():
-            check_judged(run.suite, tasks)
-    return list(dict.fromkeys(scorers)) or suite_judges(run.suite, tasks)
+        return default_judges(run.suite, [prompt.task for prompt in run.prompts], presets)
 
 
 def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | None = None) -> None:
@@ -216,7 +209,7 @@ def score_runs(out: Path, runs: Sequence[Run], judging: Judging, preset: str | N
                 count = score_tasks(
                     tasks,
                     judge,
-                    open_scores(out, judge),
+                    open_scores(out, judge, environment(device)),
                     batch_size=judging.judge_batch_size,
                     on_images=bar.advance,
                 )

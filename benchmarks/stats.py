@@ -15,9 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from core2_sampler.benchmarks.clusters import Array, prompt_means
+
+try:
+    from scipy import stats
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the statistics need scipy: pip install 'core2-sampler[bench]'"
+    ) from error
 
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95

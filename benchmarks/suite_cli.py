@@ -9,7 +9,7 @@ from core2_sampler.benchmarks.exchange_options import (
     ImportConfig,
     ImportImagesConfig,
 )
-from core2_sampler.benchmarks.judges import check_judged, load_geneval
+from core2_sampler.benchmarks.judges import GENEVAL, check_judge, default_judges, load_geneval
 from core2_sampler.benchmarks.options import (
     CalibrateConfig,
     DoctorConfig,
@@ -20,7 +20,8 @@ from core2_sampler.benchmarks.options import (
     command_line,
 )
 from core2_sampler.benchmarks.request import check_request, check_scorers
-from core2_sampler.config import ConfigError, user_input
+from core2_sampler.benchmarks.scorers.base import need
+from core2_sampler.config import ConfigError, check_folder, user_input
 
 
 def bench_generate(config: GenerateConfig) -> None:
@@ -64,9 +65,12 @@ def bench_run(config: RunConfig) -> None:
             "shares are there"
         )
     request = check_request(own)
-    if not (config.judging.scorers or own.preset):
+    if not config.judging.scorers:
+        tasks = [prompt.task for prompt in request.prompts]
         with user_input():
-            check_judged(request.suite, [prompt.task for prompt in request.prompts])
+            judges = default_judges(request.suite, tasks, [own.preset] if own.preset else [])
+        check_scorers(judges)
+    need("the report", "matplotlib")
 
     from core2_sampler.benchmarks.stages import generate_suite, score_runs
 
@@ -126,8 +130,10 @@ def bench_calibrate(config: CalibrateConfig) -> None:
     from core2_sampler.info import pick_device
     from core2_sampler.progress import hide_loading, progress_bar
 
+    check_folder(config.out, "out")
     hide_loading()
     with user_input():
+        check_judge(GENEVAL, config.detector)
         device = pick_device(config.judge_device)
         labels = read_labels(config.labels)
         samples = labelled_samples(labels, load("geneval", config.source), config.images)

@@ -7,14 +7,17 @@ upstream format, or fetched from where they are published.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core2_sampler.benchmarks.fetch import fetch
+from core2_sampler.benchmarks.geneval.prompts import TASKS as GENEVAL_TASKS
 from core2_sampler.benchmarks.prompt_files import Row, read_rows
 from core2_sampler.registry import Registry
+from core2_sampler.shapes.world import TASKS as SHAPES_TASKS
 from core2_sampler.shapes.world import held_out_prompts
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -75,8 +78,8 @@ class Suite:
         size: number of prompts of the complete list.
         primary: the scorer that decides, declared before any run.
         upstream: address of each file, as ``fetch`` takes it; empty for what is embedded.
-        tasks: task of each upstream file, where the file decides it.
-        suffix: what follows the task in the names of such files.
+        tasks: all tasks of the complete list, where they are known.
+        suffix: what follows the task in the names of upstream files; None where files have no task.
         required: columns that every row must have beside its text.
     """
 
@@ -87,7 +90,7 @@ class Suite:
     primary: str
     upstream: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-    suffix: str = ""
+    suffix: str | None = None
     required: tuple[str, ...] = ()
 
 
@@ -100,6 +103,7 @@ for _suite in (
         "Apache-2.0 (part of this package)",
         240,
         "shapes",
+        tasks=SHAPES_TASKS,
     ),
     Suite(
         "drawbench",
@@ -116,8 +120,10 @@ for _suite in (
         553,
         "geneval",
         (
-            "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
+            "https://raw.githubusercontent.com/djghosh13/geneval/"
+            "af4902f24d3ca90ebbb446dd9891a59e0f82725f/prompts/evaluation_metadata.jsonl",
         ),
+        tasks=GENEVAL_TASKS,
         required=("tag", "include"),
     ),
     Suite(
@@ -128,6 +134,7 @@ for _suite in (
         "hpsv21",
         tuple(f"{_HPD}/{style}.json" for style in HPD_STYLES),
         HPD_STYLES,
+        "",
     ),
     Suite(
         "pickapic",
@@ -156,15 +163,18 @@ def load(
     source: str | Path | None = None,
     *,
     limit: int | None = None,
+    evenly: bool = True,
     skip_nsfw: bool = False,
 ) -> list[SuitePrompt]:
     """Return the prompts of a suite in upstream order.
 
     Args:
         suite: a name of ``SUITES``.
-        source: the list's file in the upstream format, or the folder of its files; None fetches
-            the published ones, or takes the embedded ones.
-        limit: only the first so many of those that are not left out, at least 1.
+        source: the list's file in the upstream format, its address as `fetch` takes it, or the
+            folder of its files; None fetches the published ones, or takes the embedded ones.
+        limit: only so many of those that are not left out, at least 1.
+        evenly: whether these are the first of each task, as many of each as of the others where it
+            has them; else the first of the list.
         skip_nsfw: leave out prompts with a word that is not safe for work; ids do not move, so
             what was left out can be told.
 
@@ -184,14 +194,24 @@ def load(
         found = [prompt for prompt in found if not _NSFW.search(prompt.text)]
     if limit is not None and not 1 <= limit <= len(found):
         raise ValueError(f"limit must be 1 to {len(found)} for suite {suite}, got {limit}")
-    return found[:limit]
+    return spread(found, limit) if limit is not None and evenly else found[:limit]
+
+
+def spread(prompts: Sequence[SuitePrompt], count: int) -> list[SuitePrompt]:
+    """Return so many prompts, taken in turns from the tasks, in the order of the list."""
+    taken: Counter[str] = Counter()
+    turns = []
+    for index, prompt in enumerate(prompts):
+        turns.append((taken[prompt.task], index))
+        taken[prompt.task] += 1
+    return [prompts[index] for index in sorted(index for _, index in sorted(turns)[:count])]
 
 
 def _read_suite(suite: Suite, source: str | Path | None) -> list[SuitePrompt]:
     """Read all files of a suite and check that a fetched list is complete."""
     if source is None:
         paths = [fetch(address) for address in suite.upstream]
-    elif suite.tasks and Path(source).expanduser().is_dir():
+    elif suite.suffix is not None and Path(source).expanduser().is_dir():
         paths = _files_in(suite, Path(source).expanduser())
     else:
         paths = [fetch(source)]
@@ -221,6 +241,8 @@ def _files_in(suite: Suite, folder: Path) -> list[Path]:
 
 def _task_of_file(suite: Suite, path: Path) -> str | None:
     """Return the longest task that ends the file's name, as `3d_spatial` ends in `spatial`."""
+    if suite.suffix is None:
+        return None
     fit = [t for t in suite.tasks if re.fullmatch(f"(.*_)?{t}{suite.suffix}", path.stem)]
     return max(fit, key=len, default=None)
 

@@ -91,10 +91,8 @@ def summarize(rows: Sequence[ResultRow]) -> Summary:
         raise ValueError("scores need judged images, got none")
     if len(judges := sorted({row.judge for row in rows})) > 1:
         raise ValueError(f"all images must have one judge, got {judges}: summarize each apart")
-    prompts: dict[str, bool] = {}
     tasks: dict[str, list[bool]] = {}
     for row in rows:
-        prompts[row.metadata] = prompts.get(row.metadata, False) or row.correct
         tasks.setdefault(row.tag, []).append(row.correct)
     scores = {
         tag: TaskScore(sum(right) / len(right), sum(right), len(right))
@@ -102,12 +100,24 @@ def summarize(rows: Sequence[ResultRow]) -> Summary:
     }
     return Summary(
         images=len(rows),
-        prompts=len(prompts),
+        prompts=len({row.metadata for row in rows}),
         correct_images=sum(row.correct for row in rows) / len(rows),
-        correct_prompts=sum(prompts.values()) / len(prompts),
+        correct_prompts=correct_prompts((row.metadata, row.correct) for row in rows),
         tasks=scores,
         overall=sum(task.score for task in scores.values()) / len(scores),
     )
+
+
+def correct_prompts(verdicts: Iterable[tuple[str, bool]]) -> float:
+    """Return the share of prompts with at least one correct image.
+
+    Args:
+        verdicts: of each image what names its prompt, and whether it is correct.
+    """
+    prompts: dict[str, bool] = {}
+    for prompt, correct in verdicts:
+        prompts[prompt] = prompts.get(prompt, False) or correct
+    return sum(prompts.values()) / len(prompts)
 
 
 def read_results(path: Path) -> list[ResultRow]:

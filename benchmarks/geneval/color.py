@@ -14,6 +14,7 @@ from torch.nn import functional
 from core2_sampler.benchmarks.cache import hash_component
 from core2_sampler.benchmarks.geneval.prompts import COLORS
 from core2_sampler.benchmarks.geneval.rules import Detection
+from core2_sampler.benchmarks.scorers.base import loading
 from core2_sampler.benchmarks.scorers.hpsv21 import open_clip
 
 CLIP = "ViT-L-14-quickgelu"
@@ -138,8 +139,11 @@ def load_colors(*, pretrained: str = "openai", device: str = "cpu") -> ColorClas
 
     Raises:
         ModuleNotFoundError: if open_clip or torchvision is missing.
+        ValueError: if the weights cannot be reached.
     """
     package = open_clip()
+    with loading(f"the weights {pretrained} of {CLIP}"):  # or open_clip's own error is anything
+        package.download_pretrained(package.get_pretrained_cfg(CLIP, pretrained))
     model, _, transform = package.create_model_and_transforms(
         CLIP, pretrained=pretrained, device=device
     )

@@ -7,7 +7,6 @@ upstream's, so the scores are calibrated differently: a port, and called one.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.nn import functional
 from core2_sampler.benchmarks.cache import hash_component
 from core2_sampler.benchmarks.geneval.prompts import OBJECT_NAMES
 from core2_sampler.benchmarks.geneval.rules import Detection
+from core2_sampler.benchmarks.scorers.base import need
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
@@ -69,22 +69,17 @@ class Mask2FormerDetector:
         return found
 
 
-def load_detector(
-    name: str = DETECTOR, *, revision: str | None = None, device: str = "cpu"
-) -> Mask2FormerDetector:
+def load_detector(name: str = DETECTOR, *, device: str = "cpu") -> Mask2FormerDetector:
     """Load the detector from the hub or a folder.
 
     Raises:
         ModuleNotFoundError: if scipy is missing, which this model needs even without training.
         ValueError: if the model does not know COCO's 80 classes.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError(
-            "GenEval's detector needs scipy: pip install 'core2-sampler[bench]'"
-        )
+    need("GenEval's detector", "scipy")
     from transformers import Mask2FormerForUniversalSegmentation
 
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(name, revision=revision)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(name)
     if model.config.num_labels != len(OBJECT_NAMES):
         raise ValueError(
             f"GenEval's detector must know the {len(OBJECT_NAMES)} classes of COCO, got "

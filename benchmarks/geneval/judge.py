@@ -16,7 +16,7 @@ from core2_sampler.benchmarks.geneval.aggregate import (
     append_result,
     read_results,
 )
-from core2_sampler.benchmarks.geneval.layout import Sample, read_folder
+from core2_sampler.benchmarks.geneval.layout import Sample
 from core2_sampler.benchmarks.geneval.prompts import GenEvalPrompt
 from core2_sampler.benchmarks.geneval.rules import (
     Detection,
@@ -90,21 +90,6 @@ class GenEvalJudge:
     def __call__(self, image: Image.Image, prompt: GenEvalPrompt) -> Verdict:
         """Return the verdict."""
         return self.look(image, prompt)[0]
-
-
-def judge_folder(
-    folder: Path,
-    judge: GenEvalJudge,
-    results: Path,
-    *,
-    on_image: Callable[[int], None] | None = None,
-) -> list[ResultRow]:
-    """Judge a folder in GenEval's layout, see `judge_samples`.
-
-    Raises:
-        ValueError: as `judge_samples` and `read_folder`.
-    """
-    return judge_samples(read_folder(folder), judge, results, on_image=on_image)
 
 
 def judge_samples(

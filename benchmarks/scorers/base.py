@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,13 @@ class Loader(Protocol):
             ModuleNotFoundError: if a package of the extra ``bench`` is missing.
         """
         ...
+
+
+def need(what: str, *packages: str) -> None:
+    """Raise ModuleNotFoundError if a package that something needs is missing; none is imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"{what} needs {package}: pip install 'core2-sampler[bench]'")
 
 
 def pairs(images: Images, prompts: Sequence[str]) -> list[Image.Image]:

@@ -6,6 +6,7 @@ at the size that the conversion was made for; upstream also rounds each answer t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from core2_sampler.benchmarks.scorers.base import (
     loading,
     make_key,
     model_parts,
+    need,
     pairs,
     place,
 )
@@ -32,6 +34,7 @@ MAX_TOKENS = 35
 SKIPPED = ("top", "the side", "the left", "the right")
 CHUNKS_FILE = "noun_chunks.json"
 
+_ENGLISH = "en_core_web_sm"
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 
 Chunks = Callable[[str], Sequence[str]]
@@ -77,6 +80,7 @@ class BlipVqaScorer:
         """
         from transformers import BertTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
 
+        check_chunks(source)
         file = Path(source or MODEL) / CHUNKS_FILE
         chunks, chunks_name = chunks_of_file(file) if file.is_file() else chunks_of_spacy()
         with loading(str(source or MODEL)):
@@ -158,26 +162,31 @@ def chunks_of_file(path: Path) -> tuple[Chunks, str]:
     return look_up, f"file:{digest(table)}"
 
 
-def chunks_of_spacy() -> tuple[Chunks, str]:
-    """Return spaCy's noun phrases with upstream's model, and a name for them.
+def check_chunks(source: Source) -> None:
+    """Check that noun phrases can be found, without loading anything.
+
+    Args:
+        source: folder or hub id of the model, which may have them in a file.
 
     Raises:
-        ModuleNotFoundError: if spaCy is missing.
+        ModuleNotFoundError: if spaCy is missing and needed.
         ValueError: if its English model is.
     """
-    try:
-        import spacy
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"BLIP-VQA needs noun phrases: pip install spacy, or put them into {CHUNKS_FILE} in "
-            "the folder of the model"
-        ) from error
-    try:
-        parse = spacy.load("en_core_web_sm")
-    except OSError as error:
+    if (Path(source or MODEL) / CHUNKS_FILE).is_file():
+        return
+    need(f"BLIP-VQA, without {CHUNKS_FILE} in the folder of its model,", "spacy")
+    if importlib.util.find_spec(_ENGLISH) is None:
         raise ValueError(
-            "spaCy must have its English model: python -m spacy download en_core_web_sm"
-        ) from error
+            f"spaCy must have its English model, got none: python -m spacy download {_ENGLISH}, or "
+            f"give your own copy of BLIP-VQA's model with {CHUNKS_FILE} as the source"
+        )
+
+
+def chunks_of_spacy() -> tuple[Chunks, str]:
+    """Return spaCy's noun phrases with upstream's model, and a name for them."""
+    import spacy
+
+    parse = spacy.load(_ENGLISH)
 
     def split(prompt: str) -> list[str]:
         return [chunk.text for chunk in parse(prompt).noun_chunks]

@@ -28,6 +28,9 @@ ARCHITECTURE = "ViT-H-14"
 CHECKPOINT = "hf:xswu/HPSv2/HPS_v2.1_compressed.pt"
 FORMULA = "100*cos"
 
+OPEN_CLIP = ("open_clip", "torchvision")
+"""The packages of open_clip's models."""
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 

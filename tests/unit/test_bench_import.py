@@ -111,6 +111,18 @@ def test_every_image_is_that_of_its_prompt_and_number(tmp_path, make):
     assert import_images(config(tmp_path, make))[1] == 0
 
 
+def test_a_limit_is_the_first_prompts_as_files_count_from_the_first(tmp_path):
+    rows = "Prompts,Category\na,Colors\nb,Colors\nc,Text\n"
+    (tmp_path / "list.csv").write_text(rows)
+    for k in range(2):
+        paint(tmp_path / "images" / f"{k:05d}.png", k)
+    given = config(tmp_path, plain, source=str(tmp_path / "list.csv"), limit=2)
+    for path in (tmp_path / "images").glob("*-*.png"):
+        path.unlink()
+    run, _ = import_images(given)
+    assert [prompt.text for prompt in run.prompts] == ["a", "b"]
+
+
 def test_what_is_exported_comes_back(tmp_path):
     """Truth: the exporter, whose names are tested against upstream's on their own."""
     for make, layout in ((geneval, "geneval"), (t2icompbench, "t2icompbench")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -20,8 +21,11 @@ from core2_sampler.benchmarks.calibration import agreements, calibrate_judge, la
 from core2_sampler.benchmarks.compare import comparisons
 from core2_sampler.benchmarks.correction import correct, flips_for
 from core2_sampler.benchmarks.export import export
+from core2_sampler.benchmarks.ga_eval import matched_arms
+from core2_sampler.benchmarks.geneval.aggregate import read_results, summarize
 from core2_sampler.benchmarks.geneval.calibrate import Labels
 from core2_sampler.benchmarks.geneval.judge import GenEvalJudge
+from core2_sampler.benchmarks.geneval.prompts import TASKS as GENEVAL_TASKS
 from core2_sampler.benchmarks.images import ImageStore
 from core2_sampler.benchmarks.judges import (
     Judge,
@@ -37,15 +41,19 @@ from core2_sampler.benchmarks.judges import (
 from core2_sampler.benchmarks.lines import read_lines
 from core2_sampler.benchmarks.measured import declared, measure, measure_run
 from core2_sampler.benchmarks.official import import_results
+from core2_sampler.benchmarks.options import GenerateConfig, Judging, RunConfig
 from core2_sampler.benchmarks.presets import PRESETS
-from core2_sampler.benchmarks.report_findings import small_note
+from core2_sampler.benchmarks.report_findings import below_note, small_note, tasks_note
 from core2_sampler.benchmarks.report_page import write_report
 from core2_sampler.benchmarks.report_render import Section, Table, html_page, latex, markdown
+from core2_sampler.benchmarks.request import check_request, check_scorers
 from core2_sampler.benchmarks.runs import Run, RunArm, read_runs, write_run
 from core2_sampler.benchmarks.scorers import SCORERS
 from core2_sampler.benchmarks.scores import open_scores, read_scores, score_tasks, tasks_of
 from core2_sampler.benchmarks.stages import declared_judges
+from core2_sampler.benchmarks.suite_cli import bench_run
 from core2_sampler.benchmarks.suites import SUITES, SuitePrompt, load
+from core2_sampler.config import ConfigError
 
 DATA = {"commit": "abc", "device": "cpu", "versions": {"torch": "2"}}
 GENEVAL = {"tag": "counting", "include": [{"class": "kite", "count": 2}], "prompt": "two kites"}
@@ -342,6 +350,124 @@ def test_equal_gains_on_a_few_prompts_are_no_win(tmp_path):
     assert "nothing is shown" in page and "beats" not in page
 
 
+def test_a_task_that_is_not_there_is_a_warning(tmp_path):
+    """One of GenEval's six tasks is no GenEval score, nor is one of which all images failed."""
+    colors = {"cfg": CFG_VALUES, "cond": [None, None, 1, 2, None, None, 3, 4]}
+    run = make_run(tmp_path, colors, suite="geneval", meta=GENEVAL, tasks=("counting", "position"))
+    score(tmp_path, "geneval")
+    text = write_report(tmp_path, sheet=0)
+    assert "has no prompt of single_object, two_object, colors, color_attr here." in text
+    assert "cond, N = 4, scale 3 has no image of counting: all of them count as failed." in text
+    whole = dataclasses.replace(
+        run,
+        prompts=tuple(SuitePrompt(f"{k}", "a", task) for k, task in enumerate(GENEVAL_TASKS)),
+    )
+    assert tasks_note(whole, []) == []
+    assert tasks_note(dataclasses.replace(run, suite="drawbench"), []) == []  # tasks not known
+
+
+def test_an_effective_scale_that_cfg_does_not_have_is_named(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES, "head": COND_VALUES})
+    for scale, said in ((0.4, "is 0.40"), (-2.0, "is -2.00"), (1.00001, ""), (3.0, "")):
+        head = dataclasses.replace(run.arms[1], effective_scale=scale)
+        notes = below_note(dataclasses.replace(run, arms=(run.arms[0], head)))
+        assert bool(notes) == bool(said) and all(said in note for note in notes)
+        matched = matched_arms(head.arm, scale, 8)[1]
+        assert (matched.mode == "cond") == (round(scale, 4) <= 1)
+    head = dataclasses.replace(run.arms[1], effective_scale=0.4, orthogonal_share=0.1)
+    write_run(tmp_path, dataclasses.replace(run, arms=(head,)), [0])
+    score(tmp_path)
+    assert "CFG has none below 1: head-matched is the model without" in write_report(tmp_path, 0)
+
+
+def test_cfg_alone_lacks_no_reference(tmp_path):
+    make_run(tmp_path, {"cfg": CFG_VALUES})
+    score(tmp_path)
+    assert "Without an arm" not in write_report(tmp_path, sheet=0)
+
+
+def test_what_a_judge_ran_on_is_kept_with_its_scores_and_told(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES})
+    judge = Judge("imagereward", "k", Brightness())
+    tasks = tasks_of(tmp_path, [run], "imagereward")
+    places = [{"device": name, "versions": {"torch": "2"}} for name in ("cpu", "cuda", "mps")]
+    score_tasks(tasks[:3], judge, open_scores(tmp_path, judge, places[0]), batch_size=3)
+    score_tasks(tasks, judge, open_scores(tmp_path, judge, places[1]), batch_size=3)
+    score_tasks(tasks, judge, open_scores(tmp_path, judge, places[2]), batch_size=3)  # none left
+    (scores,) = read_scores(tmp_path)
+    assert scores.environments == places[:2]
+    write_report(tmp_path, sheet=0)
+    page = (tmp_path / "report/report.md").read_text()
+    assert "imagereward judged on cpu, torch 2" in page and "judged on cuda, torch 2" in page
+    assert "imagereward: weights: see the hub card of THUDM/ImageReward" in page
+
+
+def test_judges_that_a_preset_does_not_have_are_named(tmp_path):
+    run = make_run(tmp_path, {"cfg": CFG_VALUES})
+    arms = tuple(dataclasses.replace(arm, provenance={"preset": "core2-paper"}) for arm in run.arms)
+    write_run(tmp_path, dataclasses.replace(run, arms=arms), [8])
+    score(tmp_path, "aes")
+    score(tmp_path, "clipscore")
+    write_report(tmp_path, sheet=0)
+    page = (tmp_path / "report/report.md").read_text()
+    assert "not as in core2-paper: no scores by hpsv21, pickscore, imagereward" in page
+    assert "not as in core2-paper: also scores by clipscore" in page
+
+
+@pytest.mark.parametrize(
+    ("scorer", "lacking", "message"),
+    [
+        ("hpsv21=tiny", "open_clip", "HPSv2.1 needs open_clip: pip install"),
+        ("geneval", "torchvision", "classifier of colors needs torchvision: pip install"),
+        ("geneval=tiny", "scipy", "detector needs scipy: pip install"),
+        ("blipvqa", "spacy", "BLIP-VQA, without noun_chunks.json .* needs spacy: pip install"),
+        ("blipvqa", "en_core_web_sm", "python -m spacy download en_core_web_sm"),
+    ],
+)
+def test_a_missing_package_is_found_before_anything_is_made(monkeypatch, scorer, lacking, message):
+    def find_spec(name):
+        return None if name == lacking else name
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    with pytest.raises((ModuleNotFoundError, ConfigError), match=message):
+        check_scorers(["shapes", scorer])
+    check_scorers(["shapes", "pickscore", "blipvqa=tiny"])
+
+
+def test_noun_phrases_in_a_file_need_no_spacy(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "noun_chunks.json").write_text("{}")
+    check_scorers([f"blipvqa={tmp_path}"])
+
+
+def test_the_judges_by_default_are_checked_before_anything_is_made(monkeypatch, tmp_path):
+    """A run of T2I-CompBench, whose judge of colors needs spaCy."""
+    (tmp_path / "color_val.txt").write_text("a red book\n")
+    own = {"suite": "t2icompbench", "source": str(tmp_path / "color_val.txt"), "limit": 1}
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "spacy" else real(name, *a)
+    )
+    config = RunConfig(GenerateConfig(**own, arms=("cfg",), out=tmp_path / "out"), Judging())
+    with pytest.raises(ModuleNotFoundError, match="needs spacy"):
+        bench_run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_given_beside_a_preset_is_a_deviation(tmp_path):
+    (tmp_path / "list.txt").write_text("a cat\n" * 101)
+    given = {"source": str(tmp_path / "list.txt"), "preset": "ga-eval", "arms": ("cfg",)}
+    found = check_request(GenerateConfig(**given)).deviations
+    assert f"source given as {tmp_path / 'list.txt'}" in found
+    assert any("HPSv2.1 in place of HPSv2" in text for text in found)
+    assert "one of its four prompt sets" in found
+
+
+def test_warnings_in_captions_end_once():
+    section = Section("t", ["nothing is compared.", "few"], tables=[Table("c", ["x"], [["1"]])])
+    assert r"\caption{t: c. nothing is compared. few}" in latex([section])
+
+
 def test_cells_are_escaped_in_every_format():
     section = Section("a_b", ["50 %"], ["<i>"], [Table("c & d", ["x|y", "z"], [["<b>", "1_0"]])])
     assert r"| x\|y |   z |" in markdown("t", [section])
@@ -400,6 +526,10 @@ def test_specs_of_judges():
 def test_tiny_geneval_judges_by_what_the_suite_says(tmp_path):
     run = make_run(tmp_path, {"cfg": [100, 200]}, suite="geneval", prompts=1, meta=GENEVAL)
     judge = load_judge("geneval=tiny", [], tmp_path, device="cpu", dtype=torch.float32)
+    half = load_judge("geneval=tiny", [], tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert half.key == judge.key  # as the option's help says
+    (option,) = (each for each in dataclasses.fields(Judging) if each.name == "judge_dtype")
+    assert "GenEval's judge is always fp32" in option.metadata["help"]
     tasks = tasks_of(tmp_path, [run], judge.name)
     scores = open_scores(tmp_path, judge)
     assert score_tasks(tasks, judge, scores, batch_size=2) == 2
@@ -541,6 +671,46 @@ def official_rows(folder: Path, right: Sequence[bool]) -> str:
         row |= {"metadata": json.dumps(record), "details": "{}"}
         lines.append(json.dumps(row, separators=(",", ":")).replace("/", "\\/"))
     return "\n".join(reversed(lines)) + "\n"
+
+
+def test_the_ports_verdicts_are_exported_in_official_rows_and_never_come_back_as_official(tmp_path):
+    """Truth: the verdicts themselves; brightness is right above 0."""
+    make_run(tmp_path, {"cfg": [0, 9, 0, 0]}, suite="geneval", prompts=2, meta=GENEVAL)
+    score(tmp_path, "geneval", "one detector")
+    score(tmp_path, "geneval-official")
+    ((folder, _),) = export(tmp_path, read_runs(tmp_path), "geneval", tmp_path / "to")
+    (path,) = folder.glob("results-*.jsonl")
+    rows = read_results(path)
+    assert [row.correct for row in rows] == [False, True, False, False]
+    assert [row.filename for row in rows] == [
+        f"{folder.name}/0000{p}/samples/0000{k}.png" for p in (0, 1) for k in (0, 1)
+    ]
+    assert {row.judge for row in rows} == {"one detector"} and rows[0].tag == "counting"
+    assert json.loads(rows[0].metadata)["include"] == GENEVAL["include"]
+    assert summarize(rows).correct_images == 0.25
+    with pytest.raises(ValueError, match="must be of GenEval's own evaluator"):
+        import_results(tmp_path, read_runs(tmp_path), path, folder)
+
+
+def test_geneval_is_called_a_port_everywhere_and_has_its_two_other_scores(tmp_path):
+    """Truth: three of eight images are right, of two of four prompts."""
+    values = {"cfg": [1, 1, 0, 0, 1, 0, 0, 0], "cond": [0] * 8}
+    make_run(tmp_path, values, suite="geneval", meta=GENEVAL)
+    score(tmp_path, "geneval")
+    printed = write_report(tmp_path, sheet=1)
+    first, second = cells(printed, "geneval (HF port) % (decides)")
+    assert first[-3].startswith("37.5") and first[-2:] == ["37.5", "50.0"]
+    assert second[-2:] == ["0.0", "0.0"]
+    assert "% correct images" in printed and "% correct prompts" in printed
+    base = tmp_path / "report" / "report"
+    for suffix in (".md", ".tex", ".html"):
+        text = base.with_suffix(suffix).read_text()
+        assert len(re.findall(r"geneval \(HF port\)", text)) > 5, suffix
+        assert not re.search(r"geneval(,| ?[&<|]| \\?%| by | against | \(decides)", text), suffix
+    plots = "".join(path.read_text() for path in base.parent.glob("pictures/*.svg"))
+    assert "geneval (HF port), % right" in plots
+    rows = json.loads(base.with_suffix(".json").read_text())
+    assert {row["metric"] for row in rows} >= {"geneval", "geneval/Colors"}  # names for programs
 
 
 def test_official_verdicts_on_an_export_are_scores(tmp_path):

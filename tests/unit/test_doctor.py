@@ -53,6 +53,17 @@ def test_another_resampling_is_found(monkeypatch):
     assert doctor.check_clip_pixels().ok is False
 
 
+def test_versions_are_compared_with_those_that_are_asked_for():
+    """Truth: bounds around the versions that are here."""
+    stated = ["torch>=2", "pillow<1", 'scipy>=99; extra == "bench"', "transformers"]
+    found = {check.name.split()[-1]: check.ok for check in doctor.check_versions(stated)}
+    assert found["torch"] is True and found["pillow"] is False and found["scipy"] is False
+    assert found["transformers"] is None  # nothing is asked for
+    assert found["spacy"] is None
+    own = {check.name.split()[-1]: check.ok for check in doctor.check_versions()}
+    assert own["torch"] is own["transformers"] is own["pillow"] is True
+
+
 def test_everything_is_examined_without_a_network(tmp_path):
     CLIPConfig().save_pretrained(tmp_path)  # OpenAI's defaults
     checks = doctor.examine({str(tmp_path): "quick_gelu"})

@@ -165,9 +165,10 @@ def test_a_head_measures_as_its_part_along_the_gap(world, along, aside, slow_ste
     _, _, measured = run(world, plan, MixHead(world, along, aside))
     if slow_steps:  # weak + w2s (strong - weak), by hand
         along, aside = along + W2S * (1 - along), (1 - W2S) * aside
-    close(measured.scales, constant(1 + (SCALE - 1) * along))
+    along, aside = 1 + (SCALE - 1) * along, (SCALE - 1) * aside  # of d - uncond, in gaps
+    close(measured.scales, constant(along))
     close(measured.shares, constant(abs(aside) / math.hypot(along, aside)))
-    assert measured.mean == pytest.approx(1 + (SCALE - 1) * along)
+    assert measured.mean == pytest.approx(along)
     assert measured.orthogonal_share == pytest.approx(abs(aside) / math.hypot(along, aside))
 
 
@@ -216,7 +217,10 @@ def test_each_step_and_sample_has_its_own_scale(world):
 
 
 def test_projection_is_that_of_the_released_code_with_its_sign_kept():
-    """Its formula in numpy: v1 = d - uncond, v2 = w D, vp = <v1, v2> / <v2, v2> v2, |vp| / |D|."""
+    """Its formulas in numpy: v1 = d - uncond, v2 = w D, vp = <v1, v2> / <v2, v2> v2, |vp| / |D|.
+
+    And |v1 - vp| / |v1|.
+    """
     generator = torch.Generator().manual_seed(3)
     d, cond, uncond = torch.randn(3, 4, 2, 6, 6, generator=generator, dtype=torch.float64)
     d += torch.tensor([-2.0, -1.0, 0.0, 2.0])[:, None, None, None] * (cond - uncond)
@@ -226,9 +230,7 @@ def test_projection_is_that_of_the_released_code_with_its_sign_kept():
         v2 = 5.5 * gap
         vp = v1 @ v2 / (v2 @ v2) * v2
         assert abs(float(scale[k])) == pytest.approx(np.linalg.norm(vp) / np.linalg.norm(gap))
-        change = v1 - gap  # d - cond
-        angle = np.arccos(change @ gap / np.linalg.norm(change) / np.linalg.norm(gap))
-        assert float(share[k]) == pytest.approx(np.sin(angle))
+        assert float(share[k]) == pytest.approx(np.linalg.norm(v1 - vp) / np.linalg.norm(v1))
     assert bool((scale < 0).any()) and bool((scale > 0).any())  # so that the sign is seen
 
 
@@ -362,9 +364,10 @@ def test_a_head_in_a_pipeline_against_one_step_runs_of_the_stock_class(family, h
     along = (change * gap).sum(1) / gap.square().sum(1)
     cosine = torch.cosine_similarity(change, gap)
     torch.testing.assert_close(measured.scales[0].double(), 1 + along, atol=1e-3, rtol=1e-3)
-    expected = (1 - cosine.square()).sqrt()
+    sine = (1 - cosine.square()).sqrt()
+    assert sine.min() > 0.1  # a random head is no guidance
+    expected = change.norm(dim=1) * sine / (change + gap).norm(dim=1)  # of d - uncond
     torch.testing.assert_close(measured.shares[0].double(), expected, atol=1e-3, rtol=1e-3)
-    assert expected.min() > 0.1  # a random head is no guidance
     assert measured.nfe == 1
 
 

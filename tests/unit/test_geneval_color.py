@@ -154,6 +154,14 @@ def test_a_missing_open_clip_names_the_extra():
         load_colors()
 
 
+def test_weights_that_cannot_be_had_are_one_clear_error(monkeypatch, tmp_path):
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="weights openai of ViT-L-14-quickgelu must be reachable"):
+        load_colors()
+
+
 def test_open_clip_serves_quickgelu_and_tiny_real_weights():
     open_clip = pytest.importorskip("open_clip")
     assert open_clip.get_model_config(CLIP)["quick_gelu"] is True

@@ -17,7 +17,7 @@ from core2_sampler.benchmarks.geneval.aggregate import (
     summarize,
     write_results,
 )
-from core2_sampler.benchmarks.geneval.judge import PORT, GenEvalJudge, judge_folder
+from core2_sampler.benchmarks.geneval.judge import PORT, GenEvalJudge, judge_samples
 from core2_sampler.benchmarks.geneval.layout import read_folder, write_folder
 from core2_sampler.benchmarks.geneval.prompts import (
     OBJECT_NAMES,
@@ -316,12 +316,12 @@ def test_a_folder_is_judged_killed_and_resumed(tmp_path: Path, metadata: Path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge_folder(folder, judge, results, on_image=stop_after_three)
+        judge_samples(read_folder(folder), judge, results, on_image=stop_after_three)
     assert counts == [0, 1, 2, 3]
     with results.open("a") as file:
         file.write('{"filename": "00001/samples/00001.png", "ta')  # killed in the middle of a line
 
-    rows = judge_folder(folder, judge, results, on_image=counts.append)
+    rows = judge_samples(read_folder(folder), judge, results, on_image=counts.append)
     assert counts[4:] == [3, 4, 5, 6]
     assert judge.detect.images == 6  # none twice
     assert read_results(results) == rows
@@ -338,7 +338,7 @@ def test_a_folder_is_judged_killed_and_resumed(tmp_path: Path, metadata: Path):
     assert (rows[0].metadata, rows[0].tag) == (COUNTING, "counting")
     assert all(r.judge.startswith(PORT) and "rectangles" in r.judge for r in rows)
     assert summarize(rows).overall == 0.5
-    assert judge_folder(folder, judge, results) == rows
+    assert judge_samples(read_folder(folder), judge, results) == rows
     assert judge.detect.images == 6
 
 
@@ -346,14 +346,14 @@ def test_results_of_another_judge_or_other_images_are_not_mixed(tmp_path: Path, 
     folder, results = tmp_path / "images", tmp_path / "results.jsonl"
     fill(folder, metadata)
     judge = GenEvalJudge(Rectangles(), FullOrNot())
-    judge_folder(folder, judge, results)
+    judge_samples(read_folder(folder), judge, results)
     before = results.read_bytes()
 
     other = Rectangles()
     other.name = "other weights"
     with pytest.raises(ValueError, match="other weights.*give another file"):
-        judge_folder(folder, GenEvalJudge(other, FullOrNot()), results)
+        judge_samples(read_folder(folder), GenEvalJudge(other, FullOrNot()), results)
     picture(KITES[1]).save(folder / "00000" / "samples" / "00001.png")
     with pytest.raises(ValueError, match="a changed 00000/samples/00001.png"):
-        judge_folder(folder, judge, results)
+        judge_samples(read_folder(folder), judge, results)
     assert results.read_bytes() == before

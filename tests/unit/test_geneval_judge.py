@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core2_sampler.benchmarks.geneval.judge import GenEvalJudge, judge_folder
-from core2_sampler.benchmarks.geneval.layout import write_folder
+from core2_sampler.benchmarks.geneval.judge import GenEvalJudge, judge_samples
+from core2_sampler.benchmarks.geneval.layout import read_folder, write_folder
 from core2_sampler.benchmarks.geneval.prompts import COLORS, GenEvalPrompt, Include
 from core2_sampler.benchmarks.geneval.rules import Thresholds
 from core2_sampler.benchmarks.geneval.tiny import tiny_judge
@@ -58,7 +58,7 @@ def test_a_folder_is_judged_the_same_whole_or_in_parts(
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     images = [(single(0, seen), [image, mirrored]), (single(1, seen, "red"), [image])]
     write_folder(tmp_path / "images", images)
-    rows = judge_folder(tmp_path / "images", judge, tmp_path / "whole.jsonl")
+    rows = judge_samples(read_folder(tmp_path / "images"), judge, tmp_path / "whole.jsonl")
     assert rows[0].correct
     assert "random@" in rows[0].judge
     for name, boxes in json.loads(rows[0].details).items():
@@ -68,7 +68,7 @@ def test_a_folder_is_judged_the_same_whole_or_in_parts(
 
     lines = (tmp_path / "whole.jsonl").read_bytes()
     (tmp_path / "parts.jsonl").write_bytes(lines[: lines.index(b"\n") + 20])  # torn
-    assert judge_folder(tmp_path / "images", judge, tmp_path / "parts.jsonl") == rows
+    assert judge_samples(read_folder(tmp_path / "images"), judge, tmp_path / "parts.jsonl") == rows
     assert (tmp_path / "parts.jsonl").read_bytes() == lines
 
 

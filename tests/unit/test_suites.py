@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from core2_sampler.benchmarks.cli import COMMANDS
 from core2_sampler.benchmarks.fetch import fetch
+from core2_sampler.benchmarks.judges import suite_judges
 from core2_sampler.benchmarks.prompt_files import read_rows
-from core2_sampler.benchmarks.scorers import SCORERS
+from core2_sampler.benchmarks.scorers import ABOUT, SCORERS
 from core2_sampler.benchmarks.suites import HPD_STYLES, SUITES, T2I_CATEGORIES, load
+from core2_sampler.config import load_config
 from core2_sampler.shapes.world import held_out_prompts
 
 DATA = os.environ.get("CORE2_DATA")
@@ -88,6 +92,34 @@ def test_t2icompbench_is_a_folder_of_lists_by_category(tmp_path):
         load("t2icompbench", tmp_path)
 
 
+def test_a_limit_takes_every_task_alike_in_the_order_of_the_list(tmp_path):
+    """Truth: by hand. GenEval's file begins with 80 prompts of one task."""
+    tags = ["single_object"] * 6 + ["counting"] + ["colors"] * 3 + ["position"] * 3
+    rows = [{"tag": tag, "include": [], "prompt": f"{k}"} for k, tag in enumerate(tags)]
+    path = write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
+    assert texts(load("geneval", path, limit=6)) == ["0", "1", "6", "7", "8", "10"]
+    assert texts(load("geneval", path, limit=9)) == list("0126789") + ["10", "11"]
+    assert texts(load("geneval", path, limit=13)) == texts(load("geneval", path))
+    assert texts(load("geneval", path, limit=3, evenly=False)) == ["0", "1", "2"]
+
+
+def test_a_list_may_be_named_by_its_address():
+    """A Path would make `https:/...` of it, and look for a file."""
+    address = "https://example.invalid/a/list.csv"
+    for command in ("run", "generate", "import-images"):
+        given = {"source": address, "images": "x", "arm": "a"}
+        kept = given if command == "import-images" else {"source": address}
+        config = load_config(COMMANDS[command][0], given=kept)
+        assert getattr(config, "generate", config).source == address
+    with pytest.raises(ValueError, match=f"^{address} must be reachable or in the local cache"):
+        load("drawbench", address)
+
+
+def test_a_parquet_file_is_told_how_to_become_a_list(tmp_path):
+    with pytest.raises(ValueError, match=r"pandas.read_parquet\(FILE\)\[\['caption'\]\].to_json"):
+        load("pickapic", write(tmp_path / "test_unique.parquet", ""))
+
+
 def test_what_stands_twice_is_two_prompts(tmp_path):
     prompts = load("pickapic", write(tmp_path / "p.txt", "a cat\na cat\n"))
     assert texts(prompts) == ["a cat", "a cat"]
@@ -152,6 +184,13 @@ def test_a_suite_is_described_and_its_primary_metric_exists():
         suite = SUITES.get(name)
         assert suite.name == name and suite.about and suite.licence and suite.size > 0
         assert suite.primary == "geneval" or suite.primary in SCORERS.names()
+        for address in suite.upstream:
+            if address.startswith("https://raw."):
+                assert re.search("/[0-9a-f]{40}/", address), "a branch would change under us"
+        judges = set(suite_judges(name, suite.tasks))
+        assert judges <= set(ABOUT), "a report says under which licence a judge is"
+    assert {prompt.task for prompt in load()} == set(SUITES.get("shapes").tasks)
+    assert set(SCORERS.names()) - {"plugin"} < set(ABOUT)
 
 
 def test_a_fetched_file_must_have_its_digest(tmp_path):

@@ -2,15 +2,16 @@
 
 A config is a frozen dataclass. Each field's ``metadata`` carries ``help`` and, where they apply,
 ``min`` and ``max`` (inclusive bounds), ``short`` (a one-letter flag) and ``positional`` (takes the
-command's arguments). A field that is itself a config lends its options to the outer one. Values
-come, from weak to strong, from the field's default, a YAML file, the command line's options,
-``key=value`` overrides.
+command's arguments; a bare text for it is one of them, commas and all). A field that is itself a
+config lends its options to the outer one. Values come, from weak to strong, from the field's
+default, a YAML file, the command line's options, ``key=value`` overrides.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,27 @@ def user_input() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+
+
+def check_folder(path: Path, name: str = "output") -> None:
+    """Check that a folder can be written to, or made, before the work whose results go there.
+
+    Args:
+        path: the folder; it need not exist.
+        name: of the option, for the error.
+
+    Raises:
+        ConfigError: if a file is in its place or on the way to it, or writing is not allowed.
+    """
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    if there == path and not there.is_dir():
+        raise ConfigError(f"{name} must be a folder, got the file {path}")
+    reason = "cannot be written to" if there.is_dir() else "is not a folder"
+    raise ConfigError(
+        f"{name} must be a folder that can be written to, got {path}: {there} {reason}"
+    )
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **metadata: Any) -> Any:
@@ -79,7 +101,7 @@ def load_config(
         for key, value in layer.items():
             if key not in known:
                 raise ConfigError(f"{unknown_name('option', key, known)} (in {source})")
-            values[key] = convert(value, known[key].kind, key)
+            values[key] = convert(_argument(value, known[key]), known[key].kind, key)
             check_bounds(values[key], known[key].metadata, key)
     for name, each in known.items():
         if each.default is dataclasses.MISSING and name not in values:
@@ -110,6 +132,13 @@ def options_of(config_class: type) -> dict[str, Option]:
             raise TypeError(f"options of {config_class.__name__} must be unique, got {twice} twice")
         found |= inner
     return found
+
+
+def _argument(value: Any, option: Option) -> Any:
+    """Return one of the command's arguments as a list of one: a prompt may have commas."""
+    bare = isinstance(value, str) and not value.lstrip().startswith("[")
+    several = typing.get_origin(option.kind) is tuple
+    return [value] if bare and several and option.metadata.get("positional") else value
 
 
 def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:

@@ -41,11 +41,35 @@ def find_file(
     from huggingface_hub.errors import HFValidationError
 
     try:
+        _check_reachable(name, source, path, revision)
         return Path(hf_hub_download(source, path, revision=revision))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{lack}: no such folder, and no {path} from the hub ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _check_reachable(name: str, source: str, path: str, revision: str | None) -> None:
+    """Ask the hub once for a file that is not in the local cache; downloads ask for half a minute.
+
+    Raises:
+        ConfigError: if there is no answer.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if isinstance(try_to_load_from_cache(source, path, revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(source, path, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return  # it answered, or is not to be asked: the download says what is wrong, at once
+    except Exception as error:  # of the HTTP client, which is another in each version of the hub's
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise ConfigError(
+            f"{name} is no folder and not in the local cache, and the hub could not be reached "
+            f"({reason}): connect, or give a folder"
         ) from error
 
 

@@ -104,11 +104,11 @@ def find_model(name: str) -> ModelFiles:
     from core2_sampler.pipelines.auto import pipeline_class
 
     source = model_source(name)
+    index = read_model_json(name, source, "model_index.json")
     try:
         family = _PIPELINES[pipeline_class(source).__name__]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    index = read_model_json(name, source, "model_index.json")
     vae = read_model_json(name, source, "vae/config.json")
     layout, component = _LAYOUTS[family]
     network = read_model_json(name, source, f"{component}/config.json")

@@ -14,7 +14,7 @@ import typer
 from core2_sampler.cli.loading import DEVICE_HELP, DTYPE_HELP, LENGTH_HELP, MODEL_HELP, Dtype
 from core2_sampler.cli.options import add_command
 from core2_sampler.cli.scale_rule import RULE_HELP, check_rule
-from core2_sampler.config import ConfigError, option, user_input
+from core2_sampler.config import ConfigError, check_folder, option, user_input
 from core2_sampler.fitting import HeadFiles, find_head
 from core2_sampler.model_files import ModelFiles, find_model
 from core2_sampler.plan import OPTION_MODES, PRESETS, Core2Config, Plan
@@ -122,8 +122,7 @@ def check(config: GenerateConfig) -> Job:
 
     if not config.prompts or not all(prompt.strip() for prompt in config.prompts):
         raise ConfigError("a prompt must have words, got an empty one")
-    if config.output.exists() and not config.output.is_dir():
-        raise ConfigError(f"output must be a folder, got the file {config.output}")
+    check_folder(config.output)
     if config.compare and config.mode == "cfg":
         raise ConfigError("--compare sets CFG beside another mode, got mode 'cfg'; choose another")
     with user_input():

@@ -73,7 +73,7 @@ def _arguments(positional: Option | None) -> inspect.Parameter:
     metavar, text = "[KEY=VALUE]...", "Options as key=value; they win over --options and --config."
     if positional is not None:
         metavar = f"[{positional.name.rstrip('s').upper()}]... {metavar}"
-        text = f"{positional.metadata['help']} {text}"
+        text = f"{_help(positional)} {text}"
     kind = Annotated[Optional[list[str]], typer.Argument(metavar=metavar, help=text)]  # noqa: UP045
     return _parameter("arguments", kind)
 
@@ -88,7 +88,7 @@ def _option(option: Option) -> inspect.Parameter:
     flag = "--" + option.name.replace("_", "-")
     names = [flag, *([option.metadata["short"]] if "short" in option.metadata else [])]
     shown = None if option.default in (None, dataclasses.MISSING) else _text(option.default)
-    help = option.metadata["help"]
+    help = _help(option)
     if option.kind is bool:
         names[0] = f"{flag}/--no-{flag[2:]}"
         info = typer.Option(*names, help=help, show_default=False)
@@ -96,6 +96,12 @@ def _option(option: Option) -> inspect.Parameter:
     metavar = _metavar(option.kind)
     info = typer.Option(*names, help=help, metavar=metavar, show_default=shown or False)
     return _parameter(option.name, Annotated[Optional[str], info])  # noqa: UP045
+
+
+def _help(option: Option) -> str:
+    """Return an option's help text, which says where it must be given."""
+    required = option.default is dataclasses.MISSING
+    return f"{option.metadata['help']}{' (required)' if required else ''}"
 
 
 def _text(default: Any) -> str:

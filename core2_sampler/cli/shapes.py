@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import typer
 
 from core2_sampler.cli.loading import DEVICE_HELP
 from core2_sampler.cli.options import add_command
-from core2_sampler.config import ConfigError, option, user_input
+from core2_sampler.config import ConfigError, check_folder, option, user_input
+from core2_sampler.json_files import read_json
 
 if TYPE_CHECKING:
     from core2_sampler.shapes.world import Prompt
@@ -77,8 +77,21 @@ class ShipOptions:
     head: Path | None = option(None, help="Folder of the trained weak head to put inside.")
 
 
+@dataclass(frozen=True, slots=True)
+class AverageOptions:
+    """Options of ``core2 shapes average``."""
+
+    folders: tuple[str, ...] = option(
+        help="Trained pipelines of one family, stages of one training; the last lends the rest.",
+        positional=True,
+    )
+    out: Path = option(help="Folder for the new pipeline; it must not exist.", short="-o")
+
+
 def train(options: TrainOptions) -> None:
     """Train one part of the Shapes model; a killed run resumes."""
+    check_folder(options.out, "out")
+
     from core2_sampler.info import pick_device
     from core2_sampler.progress import hide_loading
     from core2_sampler.shapes.train import train as train_part
@@ -101,8 +114,21 @@ def ship(options: ShipOptions) -> None:
             print(line)
 
 
+def average(options: AverageOptions) -> None:
+    """Average the denoisers of several trained pipelines into a new one."""
+    check_folder(options.out.parent, "the folder of out")
+
+    from core2_sampler.shapes.averaging import average as average_models
+
+    with user_input():
+        average_models([Path(folder) for folder in options.folders], options.out)
+    print(f"the mean of {len(options.folders)} denoisers in {options.out}")
+
+
 def render(options: RenderOptions) -> None:
     """Render real images of the world, each with its prompt in a JSON file beside it."""
+    check_folder(options.output)
+
     from core2_sampler.cli.images import file_stem, grid, save_image
     from core2_sampler.shapes.render import render as render_image
     from core2_sampler.shapes.world import held_out_prompts, training_prompt, write_metadata
@@ -157,8 +183,8 @@ def _records(folder: Path) -> list[tuple[Path, Prompt]]:
     for file in sorted(folder.glob("*.json")):
         if not file.with_suffix(".png").is_file():
             continue
-        text = json.loads(file.read_text(encoding="utf-8"))["prompt"]
-        if text not in known:
+        text = read_json(file).get("prompt")
+        if not isinstance(text, str) or text not in known:
             raise ConfigError(f"the prompt must be a caption of Shapes, got {text!r} in {file}")
         found.append((file.with_suffix(".png"), known[text]))
     if not found:
@@ -182,6 +208,7 @@ def all_texts() -> dict[str, Prompt]:
 
 
 add_command(app, "train", TrainOptions, train)
+add_command(app, "average", AverageOptions, average)
 add_command(app, "ship", ShipOptions, ship)
 add_command(app, "render", RenderOptions, render)
 add_command(app, "judge", JudgeOptions, judge)

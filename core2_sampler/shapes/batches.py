@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from core2_sampler.reflect import resolve_precision
 from core2_sampler.shapes import models
 from core2_sampler.shapes.render import draw, label_map, scene_of
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer
-from core2_sampler.shapes.world import Prompt, training_prompt
+from core2_sampler.shapes.world import Prompt, held_out_prompts, training_prompt
 
 LONG_SHARE = 0.08  # of the steps pad T5 to 256 tokens, as a stock pipeline does unless told not to
 LONG_TOKENS = 256
@@ -51,10 +52,25 @@ def sample_scenes(step: int, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     return to_pixels([draw(scene) for scene in scenes]), torch.from_numpy(np.stack(maps))
 
 
+@cache
+def held_out_scenes(count: int) -> tuple[list[Prompt], Tensor]:
+    """Return prompts that training never sees, of the split ``val``, and an image of each."""
+    prompts = held_out_prompts(count, "val")
+    return prompts, sample_scenes(0, prompts)[0]
+
+
 def autocast(device: torch.device) -> AbstractContextManager[None]:
     """Compute in bfloat16 where the device does so natively, as Reflect."""
     native = resolve_precision("auto", device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
+@torch.no_grad()
+def to_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Return images [B, 3, 64, 64] as the latents that a denoiser sees, float32."""
+    with autocast(vae.device):
+        latents = vae.encode(pixels).latent_dist.mean
+    return latents.float() * vae.config.scaling_factor
 
 
 def text_length(step: int) -> int:
@@ -139,9 +155,7 @@ class LatentBank:
         index = len(self._parts)
         prompts = sample_prompts("bank", index, self._batch)
         pixels, labels = (part.to(self._vae.device) for part in sample_scenes(index, prompts))
-        with torch.no_grad(), autocast(self._vae.device):
-            latents = self._vae.encode(pixels).latent_dist.mean
-        latents = latents.float() * self._vae.config.scaling_factor
+        latents = to_latents(self._vae, pixels)
         self._parts.append(Batch(latents, labels, [prompt.text for prompt in prompts]))
 
     def draw(self, step: int, count: int) -> Batch:

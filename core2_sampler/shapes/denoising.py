@@ -26,10 +26,13 @@ from core2_sampler.shapes.batches import (
     LatentBank,
     TextEncoders,
     autocast,
+    held_out_scenes,
     text_length,
+    to_latents,
 )
 from core2_sampler.shapes.probes import PatchProbe
 from core2_sampler.shapes.render import SIZE
+from core2_sampler.shapes.tokenizer import MAX_TOKENS
 
 PROMPT_DROPOUT = 0.1
 WRONG_CAPTIONS = 0.12
@@ -37,6 +40,7 @@ WRONG_CAPTIONS = 0.12
 which is much of what guidance corrects; from perfect captions alone it would have little to do."""
 _PROBE_WEIGHT = 0.2  # of the cross entropy of `Probed`, against the denoiser's squared error
 _BATCH = 64
+_HELD_OUT, _NOISES = 64, 4  # images of a denoiser's report, and noises of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +203,32 @@ def denoiser_loss(
         texts = as_read(batch.texts, random.Random(f"captions/{step}"))
         given = noised(signal, batch.latents, torch.Generator().manual_seed(step))
         with autocast(device):
-            answer = recipe.call(probed.denoiser, given.x, given.time, encode(texts, length))
+            error = denoiser_error(recipe, probed.denoiser, given, encode(texts, length))
             named = probed.named(batch.labels)
-        error = (answer.float() - given.target).square()
-        return (given.weight * error).mean() + _PROBE_WEIGHT * named
+        return error + _PROBE_WEIGHT * named
 
     return loss
+
+
+def denoiser_error(recipe: Recipe, network: nn.Module, given: Noised, encoded: Encoded) -> Tensor:
+    """Return the mean squared error of what a denoiser answers, with its weight."""
+    answer = recipe.call(network, given.x, given.time, encoded)
+    return (given.weight * (answer.float() - given.target).square()).mean()
+
+
+def denoiser_report(
+    recipe: Recipe, network: nn.Module, vae: AutoencoderKL, encode: TextEncoders
+) -> Callable[[], dict[str, float]]:
+    """Return what gives the denoiser's error on held-out images, always under the same noise."""
+    signal = None if recipe.flow else models.sdxl_scheduler().alphas_cumprod
+    prompts, pixels = held_out_scenes(_HELD_OUT)
+    latents = to_latents(vae, pixels.to(vae.device)).repeat(_NOISES, 1, 1, 1)
+    given = noised(signal, latents, torch.Generator().manual_seed(0))
+    encoded = encode([prompt.text for prompt in prompts] * _NOISES, MAX_TOKENS)
+
+    @torch.no_grad()
+    def report() -> dict[str, float]:
+        with autocast(vae.device):
+            return {"error": float(denoiser_error(recipe, network, given, encoded))}
+
+    return report

@@ -11,6 +11,8 @@ does (REPA, arXiv 2410.06940).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,13 +78,24 @@ class WordProbe(nn.Module):
             states: [..., width].
             answers: [..., 6] of ``word_answers``.
         """
-        logits = self.read(states).float().flatten(0, -2).split(_FIELDS, dim=-1)
-        targets = answers.flatten(0, -2).unbind(-1)
         losses = [
             F.cross_entropy(guess, target, ignore_index=NOT_ASKED)
-            for guess, target in zip(logits, targets, strict=True)
+            for guess, target in self._guesses(states, answers)
         ]
         return torch.stack(losses).sum()
+
+    def right(self, states: Tensor, answers: Tensor) -> Tensor:
+        """Return the share of the words asked that give each of the answers, [6]."""
+        shares = []
+        for guess, target in self._guesses(states, answers):
+            asked = target != NOT_ASKED
+            shares.append((guess.argmax(-1) == target)[asked].float().mean())
+        return torch.stack(shares)
+
+    def _guesses(self, states: Tensor, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits [N, classes] and right answers [N], for each of the six."""
+        logits = self.read(states).float().flatten(0, -2).split(_FIELDS, dim=-1)
+        yield from zip(logits, answers.flatten(0, -2).unbind(-1), strict=True)
 
 
 class PatchProbe(nn.Module):

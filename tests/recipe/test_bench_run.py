@@ -128,7 +128,7 @@ def test_geneval_runs_on_a_prompt_file_is_exported_and_comes_back(model, tmp_pat
     given[given.index("--limit") + 1] = "4"
     bench("run", *given, "--seeds", "5", "--ga-eval", "0", "--scorers", "geneval=tiny")
     page = (tmp_path / "out/report/report.md").read_text()
-    assert "geneval-tiny % (decides, MEANINGLESS)" in page and "GenEval (HF port)" in page
+    assert "geneval-tiny (HF port) % (decides, MEANINGLESS)" in page and "GenEval (HF port)" in page
     bench("export", "--out", tmp_path / "out", "--layout", "geneval", "--to", tmp_path / "to")
     ((images),) = tmp_path.glob("to/*/cfg-2-3-*")
     assert len(list(images.glob("0000?/samples/00000.png"))) == 4

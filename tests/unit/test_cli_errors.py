@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -38,6 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "model", root / "video")
     edited_copy(root / "model/model_index.json", root / "video", _class_name="WanPipeline")
     (root / "file").write_text("x")
+    (root / "nameless").mkdir()
+    (root / "nameless/a.json").write_text("{}")
+    (root / "nameless/a.png").touch()
     save_sdxl(root)
     driven = {"model": str(root / "model"), "guidance_scales": [3.0]}
     (root / "driven" / "rounds").mkdir(parents=True)
@@ -121,6 +127,7 @@ GENERATE = [
     (["--head", "{0}/tap", "--device", "cuda:99"], "device must be one of this machine"),
     (["--head", "{0}/tap", "--device", "gpu"], "device must be one of this machine, got 'gpu'"),
     (["--head", "{0}/tap", "--output", "{0}/file"], "output must be a folder, got the file"),
+    (["--mode", "cfg", "--output", "{0}/file/x"], "got {0}/file/x: {0}/file is not a folder"),
     (["--mode", "cfg", "--compare"], "--compare sets CFG beside another mode"),
     (["--config", "nowhere.yaml"], "unknown recipe: got 'nowhere.yaml'"),
     (["--dtype", "int8"], "unknown dtype: got 'int8'"),
@@ -180,6 +187,18 @@ OTHERS = [
     (["shapes", "train", "--part", "unet", "--minutes", "1"], "unknown part: got 'unet'"),
     (["shapes", "train", "--part", "vae", "--minutes", "0"], "minutes must be at least"),
     (["shapes", "train", "--part", "sd3", "--minutes", "1", "--out", "{0}/empty"], "must exist"),
+    (
+        ["shapes", "train", "--part", "vae", "--minutes", "1", "--out", "{0}/file/x"],
+        "{0}/file is not a folder",
+    ),
+    (["shapes", "render", "-o", "{0}/file/x"], "{0}/file is not a folder"),
+    (["shapes", "judge", "{0}/nameless"], "must be a caption of Shapes, got None in {0}/nameless"),
+    (["shapes", "average", "{0}/model"], "out must be given"),
+    (["shapes", "average", "{0}/model", "--out", "{0}/file/x"], "must be a folder, got the file"),
+    (["bench", "sweep", "--out", "{0}/file/x.md"], "the folder of out must be a folder, got the"),
+    (["bench", "knee", "--out", "{0}/file/x/y.md"], "{0}/file is not a folder"),
+    (["bench", "generate", "--out", "{0}/file/x"], "{0}/file is not a folder"),
+    (["bench", "run", "--out", "{0}/file/x"], "{0}/file is not a folder"),
     (["shapes", "render", "-n", "0"], "num_images must be at least 1, got 0"),
     (["shapes", "judge", "{0}/empty"], "a folder must hold PNG files with their JSON"),
     (["shapes", "ship", "{0}/empty"], "a pipeline or the CLIP pair, got {0}/empty"),
@@ -202,6 +221,30 @@ def test_a_damaged_config_file_is_named(folders: Path, capsys: pytest.CaptureFix
     (damaged / "vae/config.json").write_text("{")
     error = error_of(["generate", "a", "--model", str(damaged), "--mode", "cfg"], capsys)
     assert "damaged/vae/config.json must be a JSON file" in error
+
+
+def test_a_hub_that_cannot_be_reached_is_named_soon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody listens at this address; a download would try for 23 s of waiting alone."""
+    address = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    error = error_of(["generate", "a", "--model", "owner/model", "--mode", "cfg"], capsys)
+    assert time.monotonic() - began < 10
+    assert "owner/model is no folder and not in the local cache, and the hub could not" in error
+
+
+def test_statistics_without_scipy_name_their_extra(
+    folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("study", "stats"):
+        monkeypatch.delitem(sys.modules, f"core2_sampler.benchmarks.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    error = error_of(["bench", "sweep", "--model", str(folders / "model")], capsys)
+    assert "need scipy: pip install 'core2-sampler[bench]'" in error
 
 
 @pytest.mark.parametrize(
@@ -237,6 +280,25 @@ def test_help_exists(command: list[str], capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert done.value.code == 0
     assert "Usage: " + " ".join(["core2", *command]) in out
+
+
+@pytest.mark.parametrize(
+    ("command", "required"),
+    [
+        ("generate", ["[PROMPT]..."]),
+        ("collect", ["--output"]),
+        ("shapes train", ["--part", "--minu"]),
+    ],
+)
+def test_help_marks_what_must_be_given(
+    command: str, required: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert out.count("(required)") == len(required)
+    for name in required:  # between its own name and the next option's
+        assert "(required)" in out.rpartition(name)[2].split(" --")[0], name
 
 
 def test_help_of_generate_names_every_choice(capsys: pytest.CaptureFixture[str]):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from core2_sampler.config import ConfigError, convert, load_config, option, options_of
+from core2_sampler.config import (
+    ConfigError,
+    check_folder,
+    convert,
+    load_config,
+    option,
+    options_of,
+)
 
 
 @dataclass(frozen=True)
@@ -152,3 +160,41 @@ def test_an_option_cannot_be_declared_twice():
 
     with pytest.raises(TypeError, match="rate"):
         options_of(Twice)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    prompts: tuple[str, ...] = option(help="What to draw.", positional=True)
+    names: tuple[str, ...] = option((), help="Names.")
+
+
+@pytest.mark.parametrize("source", ["file", "override"])
+def test_a_prompt_may_have_commas(tmp_path: Path, source: str):
+    text, listed = "a red circle, on white", "[a star, a ring]"
+    for given, expected in ((text, (text,)), (listed, ("a star", "a ring"))):
+        (tmp_path / "c.yaml").write_text(f"prompts: {given}\n")
+        config = load_config(
+            Drawing,
+            file=tmp_path / "c.yaml" if source == "file" else None,
+            overrides=["names=a,b", *([f"prompts={given}"] if source == "override" else [])],
+        )
+        assert config == Drawing(expected, ("a", "b"))
+
+
+def test_a_folder_that_can_be_made_is_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, tmp_path / "new/deep", Path("out"), Path(".")):
+        check_folder(path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output must be a folder, got the file file"):
+        check_folder(Path("file"))
+    with pytest.raises(ConfigError, match="out must be .*, got file/x/y: file is not a folder"):
+        check_folder(Path("file/x/y"), "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_that_is_not_ours_is_no_output(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        check_folder(tmp_path / "new")

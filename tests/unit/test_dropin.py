@@ -875,9 +875,15 @@ def test_single_files_load_by_the_stock_method(case):
 
 def test_offload_leaves_the_head_where_the_denoiser_runs(case):
     """A head in the chain would swap the denoiser out on every step."""
-    pipe = case.with_adapter()
-    assert pipe.model_cpu_offload_seq == case.stock_class.model_cpu_offload_seq
-    assert pipe._exclude_from_cpu_offload == ["weak_head"]
+    for pipe in (case.with_tap(), case.with_adapter()):
+        wanted = case.sample(pipe, core2="balanced")
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(case.sample(pipe, core2="balanced"), wanted)
+        hooked = {id(hook.model) for hook in pipe._all_hooks}
+        chain = set(case.stock_class.model_cpu_offload_seq.split("->"))
+        parts = {name: part for name, part in pipe.components.items() if name in chain and part}
+        assert hooked == {id(part) for part in parts.values()}
+        assert not hasattr(pipe.weak_head, "_hf_hook")
 
 
 def test_a_file_of_ours_is_a_custom_pipeline(case, tmp_path, monkeypatch):

@@ -2,8 +2,12 @@
 
 import json
 import random
+import re
 import shutil
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -17,13 +21,14 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from core2_sampler.shapes import batches, denoising, models, train
+from core2_sampler.shapes import batches, denoising, model_path, models, train
 from core2_sampler.shapes.batches import LONG_SHARE, LONG_TOKENS
 from core2_sampler.shapes.denoising import RECIPES, Probed
+from core2_sampler.shapes.lessons import VaeLesson
 from core2_sampler.shapes.probes import NOT_ASKED, WordProbe, word_answers
-from core2_sampler.shapes.render import LABELS
+from core2_sampler.shapes.render import LABELS, render
 from core2_sampler.shapes.tokenizer import MAX_TOKENS, build_t5_tokenizer, build_tokenizer, words
-from core2_sampler.shapes.world import Object, Prompt
+from core2_sampler.shapes.world import Object, Prompt, held_out_prompts
 
 TEXTS = ["a red star left of a blue ring", "three black crosses", ""]
 
@@ -33,12 +38,86 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """The chain of CONTRIBUTING in a fraction of a second a part: untrained, but real."""
-    folder = tmp_path_factory.mktemp("parts")
+def chain(tmp_path_factory):
+    """The chain of CONTRIBUTING in a fraction of a second a part, and the last line of each."""
+    folder, lines = tmp_path_factory.mktemp("parts"), {}
     for part in train.PARTS:
-        train.train(part, folder, 1e-4, log=quiet)
-    return folder
+        train.train(part, folder, 1e-4, log=partial(lines.__setitem__, part))
+    return folder, lines
+
+
+@pytest.fixture(scope="module")
+def parts(chain):
+    """The folder of that chain: untrained, but real."""
+    return chain[0]
+
+
+def figures(line):
+    """Return what a closing line says of held-out captions."""
+    said = line.partition("on held-out captions ")[2].partition(";")[0]
+    return {name: float(value) for name, value in (each.split() for each in said.split(", "))}
+
+
+def test_a_part_ends_with_what_it_can_do(chain):
+    folder, lines = chain
+    named = {"vae": {"psnr", "accepted"}, "clip": {"top1"}, "t5": {"own", "relation", "other"}}
+    for part, line in lines.items():
+        assert re.match(rf"{part}: \d+ steps in \d+\.\d minutes, on held-out captions", line)
+        assert figures(line).keys() == named.get(part, {"error"})
+        saved = line.rpartition("saved in ")[2]
+        assert (folder / saved).is_dir()
+    again = []
+    train.train("vae", folder, 1e-4, log=again.append)  # it is finished: nothing is trained
+    assert again[-1] == lines["vae"]
+
+
+@torch.no_grad()
+def test_the_closing_line_of_the_vae_is_that_of_its_files(chain):
+    """PSNR by its formula, in numpy, on renders of the prompts that are kept for choosing."""
+    folder, lines = chain
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    prompts = held_out_prompts(64, "val")
+    images = np.stack([np.asarray(render(p, i), np.float64) for i, p in enumerate(prompts)]) / 255
+    x = torch.from_numpy(2 * images - 1).permute(0, 3, 1, 2).float()
+    restored = vae.decode(vae.encode(x).latent_dist.mean).sample.permute(0, 2, 3, 1)
+    error = np.square(np.clip(restored.double().numpy() / 2 + 0.5, 0, 1) - images)
+    psnr = -10 * np.log10(error.mean((1, 2, 3))).mean()
+    assert figures(lines["vae"])["psnr"] == pytest.approx(psnr, abs=0.05)  # weights in half
+
+
+def test_the_shipped_autoencoder_does_what_contributing_says():
+    """36.4 dB, and the judge accepts 300 of 300 reconstructions."""
+    vae = AutoencoderKL.from_pretrained(model_path("sd3") / "vae").float()
+    found = VaeLesson(vae).report()
+    assert found["accepted"] == 1
+    assert found["psnr"] == pytest.approx(36.4, abs=0.5)
+
+
+def test_the_probe_of_words_counts_what_is_right():
+    probe = WordProbe(8)
+    torch.nn.init.zeros_(probe.read.weight)
+    fields = (6, 7, 3, 6, 7, 7)
+    answers = word_answers(BINDING, 16, begin=0, causal=False)
+    guesses = [STAR[0], RING[1], STAR[2], 0, 0, 0]  # the same of every word
+    hot = [torch.eye(size)[guess] for size, guess in zip(fields, guesses, strict=True)]
+    probe.read.bias.data = torch.cat(hot)
+    right = probe.right(torch.randn(2, 16, 8), answers.expand(2, -1, -1))
+    star, ring = 9 / 11, 2 / 11  # of the words asked; the star's color has 9, the ring's 2
+    wanted = [star, ring, 1, 0, 0, star]
+    torch.testing.assert_close(right, torch.tensor(wanted))
+
+
+def test_the_report_of_a_denoiser_is_its_error_on_noised_images(parts):
+    """A network that answers zero errs by all of the velocity: noise - x0, both of them known."""
+    vae = AutoencoderKL.from_pretrained(parts / "vae").float()
+    encode = batches.TextEncoders.load(parts, torch.device("cpu"))
+    silent = replace(RECIPES["sd3"], call=lambda network, x, time, captions: torch.zeros_like(x))
+    report = denoising.denoiser_report(silent, torch.nn.Identity(), vae, encode)
+    pixels = batches.sample_scenes(0, held_out_prompts(64, "val"))[0]
+    latents = batches.to_latents(vae, pixels)
+    wanted = 1 + float(latents.square().mean())
+    assert report()["error"] == pytest.approx(wanted, rel=0.02)
+    assert report() == report()
 
 
 def test_the_parts_are_a_stock_pipeline(parts):

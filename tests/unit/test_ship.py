@@ -1,6 +1,7 @@
 """Shipping trained Shapes models: what they share lies there once, and stock classes load it."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def shipped(trained, tmp_path):
 def real_files(folder: Path) -> dict[str, int]:
     files = (path for path in folder.rglob("*.safetensors") if not path.is_symlink())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def test_shipping_warns_of_nothing(trained, tmp_path):
+    (tmp_path / "models").mkdir()
+    logger, said = logging.getLogger("diffusers"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        ship(trained / "sd3", None, tmp_path / "models")
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
 
 
 def test_what_the_models_share_is_there_once(trained, shipped):

@@ -298,6 +298,12 @@ def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer")
     for name, value in first.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-2)
+    train.train("sd3", tmp_path, 1e-6, start=parts / "sd3", log=quiet)  # resumes, and is done
+    weights = again.state_dict() | {"proj_out.bias": again.proj_out.bias.detach() + 1}
+    again.load_state_dict(weights)
+    again.save_pretrained(tmp_path / "other" / "transformer")
+    with pytest.raises(ValueError, match="checkpoint with other sd3.start"):
+        train.train("sd3", tmp_path, 1e-6, start=tmp_path / "other", log=quiet)
     with pytest.raises(ValueError, match="must be a folder that exists, got .*none"):
         train.train("sd3", tmp_path, 1, start=tmp_path / "none")
 

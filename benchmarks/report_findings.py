@@ -10,6 +10,7 @@ from core2_sampler.benchmarks.compare import Comparison
 from core2_sampler.benchmarks.correction import flips_for
 from core2_sampler.benchmarks.ga_eval import Difference, is_below_cfg, verdict
 from core2_sampler.benchmarks.importing import is_imported, is_known_plain
+from core2_sampler.benchmarks.judges import GENEVAL, OFFICIAL
 from core2_sampler.benchmarks.measured import Metric
 from core2_sampler.benchmarks.presets import PRESETS
 from core2_sampler.benchmarks.report import provenance_facts
@@ -128,7 +129,7 @@ def below_note(run: Run) -> list[str]:
 
 def preset_note(run: Run, metrics: Sequence[Metric]) -> list[str]:
     """Say where the judges of a run are not those of the presets that it was generated with."""
-    there = list(dict.fromkeys(metric.judge for metric in metrics))
+    there = list(dict.fromkeys(GENEVAL if m.judge == OFFICIAL else m.judge for m in metrics))
     notes = []
     for name in dict.fromkeys(entry.provenance.get("preset") for entry in run.arms):
         if name is None:

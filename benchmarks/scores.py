@@ -70,10 +70,10 @@ class Scores:
             key = (task.record.sha256, asked(task.prompt, self.by_meta))
             self._kept[key] = Scored(value, reason)
             lines.append({"image": key[0], "asked": key[1], "score": value, "reason": reason})
-        append_lines(self.path, lines)
         if lines and self._environment and self._environment not in self.environments:
             self.environments.append(self._environment)
             self.write_about()
+        append_lines(self.path, lines)
 
     def write_about(self) -> None:
         """Write down whose scores these are, beside them."""

@@ -63,9 +63,11 @@ def _check_reachable(name: str, source: str, path: str, revision: str | None) ->
         return
     try:
         get_hf_file_metadata(hf_hub_url(source, path, revision=revision))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
-        return  # it answered, or is not to be asked: the download says what is wrong, at once
+    except (HFValidationError, OfflineModeIsEnabled):
+        return  # it is not to be asked: the download says what is wrong, at once
     except Exception as error:  # of the HTTP client, which is another in each version of the hub's
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            return  # it answered: likewise
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise ConfigError(
             f"{name} is no folder and not in the local cache, and the hub could not be reached "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network is a wrong test
+os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # or help has colours where CI asks for them
 
 
 @pytest.fixture

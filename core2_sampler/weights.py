@@ -32,14 +32,15 @@ def hash_weights(components: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for folder in sorted(components):
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             with file.open("rb") as content:
                 told = hashlib.file_digest(content, "sha256").hexdigest()
             digest.update(f"{folder.name}/{file.name} {told}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a component's weights that are loaded by default."""
     for kind in ("*.safetensors", "*.bin"):
         if found := [path for path in folder.glob(kind) if "." not in path.stem]:
             return sorted(found)

@@ -28,6 +28,7 @@ _BANK = (48_000, 16)
 _VAL_PROMPTS = 480
 _SCORERS = ("shapes", "shapes-clip")
 _HELD_OUT_SHARE = 0.1
+_FEW_TWINS = 40  # captions with an edit: fewer tell two evaluators hardly apart
 
 
 def pair_source(options: TrainOptions, pipe: Any) -> PairSource:
@@ -54,6 +55,12 @@ def pair_source(options: TrainOptions, pipe: Any) -> PairSource:
     share = options.held_out_share or _HELD_OUT_SHARE
     if kind.lesson == "generated":
         return RealPairs(_images(options, pipe), generated, share)
+    names = [record.prompt_id for record in generated.records]
+    if len(set(names)) == len(names):
+        raise ConfigError(
+            f"data must hold several seeds of a prompt, got one of each in {options.data}: collect "
+            "with --num-seeds"
+        )
     ranks = rank(generated, options.scorers or _SCORERS, pipe)
     return RankedPairs(generated, ranks, share)
 
@@ -84,7 +91,7 @@ def check_data(options: TrainOptions) -> None:
 
 
 def identify(options: TrainOptions, model: ModelFiles) -> dict[str, Any]:
-    """Return what a training is of, beside its settings: JSON values that do not name folders."""
+    """Return what a training is of, beside its settings: JSON values."""
     from core2_sampler.trajectory import TrajectoryStore
     from core2_sampler.weights import hash_weights, model_weights
 
@@ -209,8 +216,8 @@ class ShapesImages:
 class _ShapesTwins:
     """Rendered images, each followed by one of an edited caption of the same part and wording.
 
-    The held-out part is every content that training never sees: few have an edit among those for
-    choosing alone.
+    The held-out part is the contents for choosing; where few of those have an edit, every content
+    that training never sees.
     """
 
     def __init__(self, pipe: Any, edits: Edits) -> None:
@@ -219,8 +226,11 @@ class _ShapesTwins:
 
         plain = [prompt for task in TASKS for prompt in all_prompts(task) if not prompt.prefix]
         self._parts: list[dict[Prompt, list[Prompt]]] = []
-        for trained in (True, False):
-            part = {p.text: p for p in plain if (p.split == "train") is trained}
+        for splits in (("train",), ("val",), ("val", "test")):
+            if len(self._parts) == 2 and len(self._parts[1]) >= _FEW_TWINS:
+                break
+            del self._parts[1:]
+            part = {p.text: p for p in plain if p.split in splits}
             each = {p: [part[e] for e in edits(text) if e in part] for text, p in part.items()}
             self._parts.append({prompt: twins for prompt, twins in each.items() if twins})
         check_twins([len(part) for part in self._parts])

@@ -100,6 +100,8 @@ def run_train(options: TrainOptions) -> None:
         device = pick_device(options.device)
     check_data(options)
     check_folder(options.output)
+    if options.start is not None and options.start.resolve() == options.output.resolve():
+        raise ConfigError(f"start must not be the output, got {options.start}: take another output")
     _train(options, find_model(options.model), device)
 
 

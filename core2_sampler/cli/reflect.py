@@ -169,6 +169,14 @@ def _prepare_own(options: ReflectOptions, model: ModelFiles) -> Prepare:
             "--rounds out, or collect round 0 there"
         )
 
+    for n in range(1, options.rounds + 1):
+        driver = str(_round_folder(options, n - 1))
+        if n in rounds and rounds[n].get("head") != driver:
+            raise ConfigError(
+                f"round {n} of {options.data} must be driven by {driver}, got {rounds[n]['head']}: "
+                "take a store that has round 0 alone"
+            )
+
     def prepare(device: str) -> dict[str, Any]:
         from core2_sampler.cli.loading import load_model, sampling_setup
 
@@ -215,14 +223,23 @@ def _reflect(
     """Train the head in what was loaded, round by round, save it with its card."""
     from core2_sampler.weak_heads import load_head
 
-    run = options.output.with_name(options.output.name + ".run")
     with user_input():
         for round in range(options.rounds):
-            folder = run / f"round-{round}"
+            folder = _round_folder(options, round)
             _train(options, model, setup, head_options, folder, folder, last_round=round)
             head = load_head(folder).to(setup["denoiser"].module.device)
             _collect_round(options, setup, head, round + 1, str(folder))
-        _train(options, model, setup, head_options, options.output, run)
+        _train(options, model, setup, head_options, options.output, _run_folder(options))
+
+
+def _run_folder(options: ReflectOptions) -> Path:
+    """Return where the training keeps its checkpoint."""
+    return options.output.with_name(options.output.name + ".run")
+
+
+def _round_folder(options: ReflectOptions, round: int) -> Path:
+    """Return where the head that drives the next round is saved."""
+    return _run_folder(options) / f"round-{round}"
 
 
 def _train(

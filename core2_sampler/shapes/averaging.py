@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core2_sampler.json_files import read_json
+from core2_sampler.weights import weight_files
 
 _DENOISERS = ("transformer", "unet")
 
@@ -52,6 +53,8 @@ def average(folders: Sequence[Path], out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         new = Path(temporary) / "new"
         shutil.copytree(folders[-1], new)
+        for variant in set((new / name).glob("*.safetensors")) - set(_files(new / name)):
+            variant.unlink()  # not of the mean
         for file in _files(new / name):
             tensors = {key: mean[key] for key in load_file(file)}
             save_file(tensors, file, metadata={"format": "pt"})
@@ -70,7 +73,7 @@ def _denoiser(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return [file for file in weight_files(folder) if file.suffix == ".safetensors"]
 
 
 def _description(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:

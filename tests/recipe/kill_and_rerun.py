@@ -95,9 +95,9 @@ def kill_and_rerun(
         wanted = rng.uniform(attempt, attempt + 0.8) / (KILLS + 1)
         child = fork(work)
         while share() < wanted:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                raise SystemExit(f"a run ended before its kill, with wait status {status}")
+            ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and share() < wanted:
+                raise SystemExit(f"a run ended before its kill, with status {ended.si_status}")
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1 * seconds / KILLS))
         os.kill(child, signal.SIGKILL)

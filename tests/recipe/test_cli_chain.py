@@ -100,6 +100,8 @@ def test_rounds_collect_and_train_in_turns(root: Path, tmp_path: Path):
     first = json.loads((tmp_path / "head.run/round-0/card.json").read_text())
     assert set(first["data"]["rounds"]) == {"000"} and first["steps"] == 2
     run("reflect", "-o", tmp_path / "x", "--online", "--rounds", "1", "--steps", "2", code=2)
+    run("reflect", "-o", tmp_path / "other", "--data", data, *options, code=2)  # driven by another
+    assert not (tmp_path / "other.run").exists()
 
 
 def test_online_training_stores_no_trajectory(root: Path, tmp_path: Path):

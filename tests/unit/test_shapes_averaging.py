@@ -86,3 +86,14 @@ def test_what_cannot_be_averaged_is_refused_before_anything_is_written(stages, t
     with pytest.raises(ValueError, match="out must not exist yet, got"):
         average([first, last], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "heads"]
+
+
+def test_variants_beside_the_weights_are_neither_counted_nor_kept(stages, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(stages / "second", other)
+    variant = other / WEIGHTS.replace(".safetensors", ".fp16.safetensors")
+    shutil.copy(other / WEIGHTS, variant)
+    average([stages / "last", other], tmp_path / "mean")
+    average([stages / "last", stages / "second"], tmp_path / "plain")
+    assert (tmp_path / "mean" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
+    assert not (tmp_path / "mean" / variant.relative_to(other)).exists()

@@ -306,6 +306,9 @@ def test_training_starts_from_a_trained_pipeline(parts, tmp_path):
         train.train("sd3", tmp_path, 1e-6, start=tmp_path / "other", log=quiet)
     with pytest.raises(ValueError, match="must be a folder that exists, got .*none"):
         train.train("sd3", tmp_path, 1, start=tmp_path / "none")
+    for part, start in (("sd3", tmp_path / "sd3"), ("vae", tmp_path)):
+        with pytest.raises(ValueError, match=f"start must not be where {part} is saved"):
+            train.train(part, tmp_path, 1, start=start)
 
 
 def test_another_family_goes_on_beside_the_encoders_of_sd3(parts, tmp_path):

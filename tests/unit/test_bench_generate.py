@@ -384,7 +384,7 @@ def test_a_process_that_measures_second_takes_the_numbers_of_the_first(tmp_path,
     def measure(*_: object) -> EffectiveScale:
         folder = tmp_path / "out" / "effective_scales"
         folder.mkdir(parents=True)
-        key = digest("arm", [study.cases[0].key])
+        key = digest(matching._MEASURED, "arm", [study.cases[0].key])
         (folder / f"{key}.json").write_text(json.dumps(first))  # meanwhile, by another
         return EffectiveScale(torch.full((2, 1), 3.0), torch.zeros(2, 1), 2)
 

@@ -173,7 +173,7 @@ def test_only_safetensors_are_loaded(head, tmp_path):
     ("config", "message"),
     [
         (None, "must be a folder"),
-        ("", "must hold config.json"),
+        ("", "it has no config.json"),
         ("{", "must be a JSON object"),
         ("[1]", "must be a JSON object"),
         (json.dumps({"_class_name": "UNet2DModel"}), "'UNet2DModel': known are .*TapHead"),

@@ -45,7 +45,8 @@ class Network:
     Attributes:
         module: the network itself, also where ``torch.compile`` has wrapped it.
         layout: how it is called.
-        family: ``sdxl``, ``sd3``, ``flux``, or else the name of its class.
+        family: ``sdxl``, ``sd3``, ``flux``, or else the name of its class; of a UNet with the width
+            of its prompts and what it predicts.
         latent_channels: channels C of its latents, or of their tokens outside FLUX.
         denoiser: the adapter of one of our families.
     """
@@ -266,7 +267,7 @@ def network_of(pipe: Any, module: nn.Module) -> Network:
     if name not in LAYOUTS:
         raise ValueError(f"the denoiser must be one of {', '.join(LAYOUTS)}, got {name}")
     config: Any = module.config
-    layout, family = LAYOUTS[name], _family(module)
+    layout, family = LAYOUTS[name], _family(pipe, module)
     channels = config.in_channels
     if family == "flux":
         channels = (config.out_channels or channels) // 4
@@ -276,8 +277,12 @@ def network_of(pipe: Any, module: nn.Module) -> Network:
     return Network(module, layout, family, channels, denoiser)
 
 
-def _family(module: Any) -> str:
+def _family(pipe: Any, module: Any) -> str:
     name, config = type(module).__name__, module.config
-    if name == "UNet2DConditionModel" and config.addition_embed_type == "text_time":
-        return name if config.encoder_hid_dim_type == "text_proj" else "sdxl"  # Kolors has its own
+    if name == "UNet2DConditionModel":
+        kolors = config.encoder_hid_dim_type == "text_proj"
+        if config.addition_embed_type == "text_time" and not kolors:
+            return "sdxl"
+        predicts = pipe.scheduler.config.get("prediction_type", "epsilon")
+        return f"{name}-{config.cross_attention_dim}-{predicts}"
     return {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}.get(name, name)

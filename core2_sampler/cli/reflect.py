@@ -104,6 +104,15 @@ def _collected(options: ReflectOptions) -> tuple[list[float], str | StockModel]:
     rounds = list(TrajectoryStore(options.data).rounds().values())
     if not rounds:
         raise ConfigError(f"data must be a folder that `core2 collect` filled, got {options.data}")
+    for each in rounds:
+        needed = {"model", "call", "steps"} if "pipeline" in each else {"model"}
+        if missing := needed - each.keys():
+            raise ConfigError(
+                "data must tell its model and call, as `core2 collect` does, got a round without "
+                f"{', '.join(sorted(missing))} in {options.data}, collected in Python: train it "
+                "there, by reflect(head, store.source(...), ReflectConfig(...), denoiser="
+                "replay(...)), see docs/howto/train-a-head.md"
+            )
     scales = sorted({scale for each in rounds for scale in each["guidance_scales"]})
     models = sorted({each["model"] for each in rounds})
     if len(models) > 1 or options.model not in (None, models[0]):

@@ -528,6 +528,23 @@ def test_what_cannot_be_attached_is_refused_and_changes_nothing():
     assert set(vars(sdxl)) == before
 
 
+def test_a_head_of_another_unet_is_refused():
+    """SD 1.5 and 2 share a class, and a checkpoint may predict v where another predicts noise."""
+    stock = STOCK["StableDiffusionPipeline"]
+    pipe, other = stock.pipe(), stock.pipe()
+    head = CondHead.for_denoiser(find_networks(pipe)[0])
+    attach(pipe, head=head, core2="fast")
+    other.scheduler = diffusers.DDIMScheduler.from_config(
+        other.scheduler.config, prediction_type="v_prediction"
+    )
+    with pytest.raises(ValueError, match="made for .*-16-v_prediction, got one for .*-16-epsilon"):
+        attach(other, head=head, core2="fast")
+    other.scheduler = pipe.scheduler
+    other.unet = type(other.unet).from_config({**other.unet.config, "cross_attention_dim": 24})
+    with pytest.raises(ValueError, match="made for .*-24-epsilon, got one for .*-16-epsilon"):
+        attach(other, head=head, core2="fast")
+
+
 def test_pipelines_without_a_second_pass_are_refused():
     flux = FLUX.pipe()
     control = diffusers.FluxControlPipeline(

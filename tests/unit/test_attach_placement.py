@@ -102,7 +102,7 @@ def test_an_error_of_noise_counts_as_the_velocity_that_it_makes(prediction_type,
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
         pipe.scheduler.config, prediction_type=prediction_type
     )
-    saved(AffineHead("UNet2DConditionModel", 4), tmp_path, EVEN)
+    saved(AffineHead(find_networks(pipe)[0].family, 4), tmp_path, EVEN)
     with attached(pipe, head=tmp_path, core2=Core2Config(slow_steps="gated:0.5")):
         stock.sample(pipe, 2.0, num_inference_steps=8)
         found = slow(pipe)

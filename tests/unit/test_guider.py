@@ -156,7 +156,18 @@ Z_IMAGE = Modular(
     lambda: parts_of("ZImagePipeline"),
     {**LISTS, "height": 128, "width": 128},
 )
-EACH = {"sdxl": SDXL, "sd3": SD3, "qwen": QWEN, "wan": WAN, "z-image": Z_IMAGE}
+LTX = Modular(
+    denoise("LTXAutoBlocks"),
+    lambda: parts_of("LTXPipeline"),
+    embeds(
+        prompt_attention_mask=MASK,
+        negative_prompt_attention_mask=MASK.clone(),
+        num_frames=9,
+        height=256,
+        width=256,
+    ),
+)
+EACH = {"sdxl": SDXL, "sd3": SD3, "qwen": QWEN, "wan": WAN, "z-image": Z_IMAGE, "ltx": LTX}
 
 
 def network(pipe):
@@ -416,7 +427,10 @@ def test_slow_steps_by_the_heads_card_are_refused_at_once():
 def test_the_page_has_a_row_for_each_pipeline():
     """The rows with zigzag steps are those of test_modular_tasks.py."""
     page = (Path(__file__).parents[2] / "docs" / "howto" / "modular.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (.+), text \| yes \| (yes|–) \|$", page, re.MULTILINE))
-    names = {"sdxl": "SDXL", "sd3": "SD3", "qwen": "Qwen-Image", "wan": "Wan 2.1"}
+    rows = dict(re.findall(r"^\| (.+), text \| (.+ \| .+) \|$", page, re.MULTILINE))
+    names = {"sdxl": "SDXL", "sd3": "SD3", "qwen": "Qwen-Image", "wan": "Wan 2.1", "ltx": "LTX"}
     tried = [names.get(each, each.title()) for each in EACH]  # and test_two_guiders
-    assert {*tried, "Wan 2.2", "FLUX.1"} == set(rows)
+    zigzag = {"SDXL", "SD3", "FLUX.1"}
+    assert rows == {
+        each: "yes | yes" if each in zigzag else "yes | –" for each in (*tried, "Wan 2.2", "FLUX.1")
+    }

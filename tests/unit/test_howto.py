@@ -31,7 +31,12 @@ MODELS = {
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
     "diffusers/controlnet-canny-sdxl-1.0": "controlnet",
 }
-WORDS = {"cuda": "cpu", "1024": "16"}
+WORDS = {
+    "cuda": "cpu",
+    "1024": "16",
+    "ReflectConfig(steps=20000)": "ReflectConfig(steps=2, batch_size=4)",
+    "source(0.1)": "source(0.4)",
+}
 COMMANDS = {
     "--steps 30 --batch-size 4": "--steps 3 --batch-size 4",
     "--steps 20000": "--steps 2 --batch-size 4 --held-out-share 0.4",

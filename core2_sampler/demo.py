@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import typer
@@ -105,7 +103,6 @@ class Demo:
     def _request(self, given: dict[str, Any]) -> GenerateConfig:
         """Return the request for a comparison; the head is named where something reads it."""
         given |= {"model": self.model, "device": self.device, "compare": True}
-        given["output"] = Path(tempfile.gettempdir())  # nothing is written
         config = load_config(GenerateConfig, given=given)
         plain = core2_config(GenerateConfig(config.prompts, mode=config.mode))
         return replace(config, head=self.head) if plain.plan(2, 2.0).needs_head else config

@@ -225,14 +225,16 @@ class _ShapesTwins:
         from core2_sampler.shapes.world import TASKS, all_prompts
 
         plain = [prompt for task in TASKS for prompt in all_prompts(task) if not prompt.prefix]
-        self._parts: list[dict[Prompt, list[Prompt]]] = []
-        for splits in (("train",), ("val",), ("val", "test")):
-            if len(self._parts) == 2 and len(self._parts[1]) >= _FEW_TWINS:
-                break
-            del self._parts[1:]
+
+        def twins_of(*splits: str) -> dict[Prompt, list[Prompt]]:
             part = {p.text: p for p in plain if p.split in splits}
             each = {p: [part[e] for e in edits(text) if e in part] for text, p in part.items()}
-            self._parts.append({prompt: twins for prompt, twins in each.items() if twins})
+            return {prompt: twins for prompt, twins in each.items() if twins}
+
+        held_out = twins_of("val")
+        if len(held_out) < _FEW_TWINS:
+            held_out = twins_of("val", "test")
+        self._parts = [twins_of("train"), held_out]
         check_twins([len(part) for part in self._parts])
         self._pipe, self._piece = pipe, cache(self._render_piece)
 

@@ -105,6 +105,7 @@ class Job:
 
 def generate(config: GenerateConfig) -> None:
     """Generate images, with all that made them in the PNG and in a JSON file beside it."""
+    check_folder(config.output)
     job = check(config)
 
     from core2_sampler.cli.draw import draw
@@ -122,7 +123,6 @@ def check(config: GenerateConfig) -> Job:
 
     if not config.prompts or not all(prompt.strip() for prompt in config.prompts):
         raise ConfigError("a prompt must have words, got an empty one")
-    check_folder(config.output)
     if config.compare and config.mode == "cfg":
         raise ConfigError("--compare sets CFG beside another mode, got mode 'cfg'; choose another")
     with user_input():

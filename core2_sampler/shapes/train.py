@@ -79,14 +79,18 @@ def _fit(
     return fit(module, loss, config, folder=run, evaluate=report, log=log, identity=of)
 
 
+def _saved(part: str, folder: Path) -> Path:
+    """Return where a trained part is saved."""
+    return folder / (part if part in RECIPES else _SOURCES[part].folder)
+
+
 def _closing_line(part: str, progress: Progress, folder: Path) -> str:
     """Say how far a part came: the figures are those of its lesson's report."""
     last = progress.evaluations[-1]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
-    saved = folder / (part if part in RECIPES else _SOURCES[part].folder)
     return (
         f"{part}: {progress.step} steps in {progress.seconds / 60:.1f} minutes, on held-out "
-        f"captions {figures}; saved in {saved}"
+        f"captions {figures}; saved in {_saved(part, folder)}"
     )
 
 
@@ -169,8 +173,7 @@ def _take_over(part: str, start: Path, folder: Path) -> None:
         for name in missing:
             shutil.copytree(start / name, folder / name)
     own, begun = start / _SOURCES[part].folder, folder / f"{part}.start"
-    saved = folder / (part if part in RECIPES else _SOURCES[part].folder)
-    if saved.resolve() in (start.resolve(), own.resolve()):
+    if _saved(part, folder).resolve() in (start.resolve(), own.resolve()):
         raise ValueError(f"start must not be where {part} is saved, got {start}: take another out")
     if (own / "config.json").is_file():
         config = json.loads((own / "config.json").read_text(encoding="utf-8"))

@@ -119,6 +119,15 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
+def test_it_writes_nothing_so_no_output_folder_is_asked_for(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "out").write_text("in the place of generate's own folder")
+    monkeypatch.chdir(tmp_path)
+    assert len(demo.draw(PROMPT, "fast", steps=STEPS)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_without_gradio_the_extra_is_named_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -35,13 +35,14 @@ class FitConfig:
 
     steps: int | None = option(None, help="train for so many steps", min=1)
     minutes: float | None = option(None, help="train for so long; time before a kill counts", min=0)
-    learning_rate: float = option(1e-3, help="highest learning rate of AdamW", min=0)
+    learning_rate: float = option(1e-3, help="highest learning rate", min=0)
     hold_share: float = option(
         0.0, help="share of the training before the rate falls", min=0, max=1
     )
     final_share: float = option(0.02, help="learning rate at the end, as a share", min=0, max=1)
     warmup_steps: int = option(30, help="steps of linear warm-up", min=1)
-    weight_decay: float = option(0.01, help="weight decay of AdamW", min=0)
+    weight_decay: float = option(0.01, help="decoupled weight decay", min=0)
+    muon: bool = option(False, help="Muon for the matrices of blocks, AdamW for the rest")
     ema_decay: float = option(0.998, help="decay of the averaged weights, per step", min=0, max=1)
     clip: float = option(1.0, help="largest norm of the gradient", min=0)
     evaluations: int = option(4, help="evaluations on held-out data, the last included", min=1)
@@ -128,6 +129,32 @@ def _trainable_attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+def _optimizers(
+    parameters: Mapping[str, nn.Parameter], config: FitConfig
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW, and with ``muon`` Muon before it for the matrices inside blocks.
+
+    Muon's updates are scaled to the size of AdamW's, so both take one rate (arXiv 2502.16982).
+    """
+    matrices = [
+        parameter
+        for name, parameter in parameters.items()
+        if config.muon and parameter.ndim == 2 and "block" in name
+    ]
+    taken = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in parameters.values() if id(parameter) not in taken]
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        muon = torch.optim.Muon(matrices, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    if rest:
+        betas = (0.9, 0.98)
+        adam = torch.optim.AdamW(rest, rate, betas=betas, weight_decay=decay, fused=True)
+        optimizers.append(adam)
+    return optimizers
+
+
 class _Run:
     """The state of a training run, and the loop over it."""
 
@@ -146,13 +173,7 @@ class _Run:
             raise ValueError(f"a network must have weights to train, got a {type(module).__name__}")
         self.device = next(iter(self.parameters.values())).device
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            config.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizers = _optimizers(self.parameters, config)
         self.losses: list[Tensor] = []  # since the last report
         self.progress = Progress()
 
@@ -191,10 +212,11 @@ class _Run:
         config, progress = self.config, self.progress
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate(progress.step, self._share())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(progress.step, self._share())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.detach())
         decay = min(config.ema_decay, (1 + progress.step) / (10 + progress.step))
         for name, parameter in self.parameters.items():
@@ -249,8 +271,9 @@ class _Run:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+        for which, optimizer in enumerate(self.optimizers):
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{which}.{index}.{k}": v for k, v in entry.items()}
         about = {
             "progress": asdict(self.progress),
             "config": asdict(self.config),
@@ -273,13 +296,14 @@ class _Run:
         self._check(about, tensors)
         self._load({name: tensors[f"model.{name}"] for name in self.parameters})
         self.ema = {name: tensors[f"ema.{name}"].clone() for name in self.parameters}
-        state: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[int, dict[str, Tensor]]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+                _, which, index, key = name.split(".")
+                states.setdefault(int(which), {}).setdefault(int(index), {})[key] = tensor
+        for i, optimizer in enumerate(self.optimizers):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states.get(i, {}), "param_groups": groups})
         self.progress = Progress(**about["progress"])
         self.log(f"resumed at step {self.progress.step}, {self.progress.seconds:.0f} s")
 

@@ -146,24 +146,24 @@ class LatentBank:
     noise, so a bank of ``size`` of them is filled while training runs and then reused.
     """
 
-    def __init__(self, vae: AutoencoderKL, size: int, batch: int) -> None:
+    def __init__(self, vae: AutoencoderKL, size: int, batch: int, seed: str = "") -> None:
         """Fill nothing yet; ``size`` images at most, ``batch`` new ones a step until then."""
-        self._vae, self._size, self._batch = vae, size, batch
+        self._vae, self._size, self._batch, self._seed = vae, size, batch, seed
         self._parts: list[Batch] = []
 
     def _grow(self) -> None:
         index = len(self._parts)
-        prompts = sample_prompts("bank", index, self._batch)
+        prompts = sample_prompts(f"bank{self._seed}", index, self._batch)
         pixels, labels = (part.to(self._vae.device) for part in sample_scenes(index, prompts))
         latents = to_latents(self._vae, pixels)
         self._parts.append(Batch(latents, labels, [prompt.text for prompt in prompts]))
 
     def draw(self, step: int, count: int) -> Batch:
-        """Return ``count`` of the images; a function of the step alone."""
+        """Return ``count`` of the images; a function of the seed and the step alone."""
         parts = min(-(-self._size // self._batch), step + 4)
         while len(self._parts) < parts:
             self._grow()
-        rng = random.Random(f"draw/{step}")
+        rng = random.Random(f"draw{self._seed}/{step}")
         picks = [divmod(rng.randrange(parts * self._batch), self._batch) for _ in range(count)]
         return Batch(
             torch.stack([self._parts[part].latents[i] for part, i in picks]),

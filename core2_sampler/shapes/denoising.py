@@ -189,10 +189,13 @@ def as_read(captions: list[str], rng: random.Random) -> list[str]:
 
 
 def denoiser_loss(
-    recipe: Recipe, probed: Probed, vae: AutoencoderKL, encode: TextEncoders
+    recipe: Recipe, probed: Probed, vae: AutoencoderKL, encode: TextEncoders, seed: str = ""
 ) -> Callable[[int], Tensor]:
-    """Return the loss of a training step: the denoiser's squared error, and the probe's."""
-    bank = LatentBank(vae, size=48_000, batch=128)
+    """Return the loss of a training step: the denoiser's squared error, and the probe's.
+
+    Under another ``seed`` the images, captions and noises are others.
+    """
+    bank = LatentBank(vae, size=48_000, batch=128, seed=seed)
     signal = None if recipe.flow else models.sdxl_scheduler().alphas_cumprod
     device = vae.device
 
@@ -200,8 +203,10 @@ def denoiser_loss(
         length = text_length(step)
         share = 4 if length == LONG_TOKENS else 1  # a long step costs what the others do
         batch = bank.draw(step, _BATCH // share)
-        texts = as_read(batch.texts, random.Random(f"captions/{step}"))
-        given = noised(signal, batch.latents, torch.Generator().manual_seed(step))
+        rng = random.Random(f"captions{seed}/{step}")
+        texts = as_read(batch.texts, rng)
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
+        given = noised(signal, batch.latents, noise)
         with autocast(device):
             error = denoiser_error(recipe, probed.denoiser, given, encode(texts, length))
             named = probed.named(batch.labels)

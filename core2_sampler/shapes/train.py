@@ -46,6 +46,7 @@ _SOURCES: dict[str, Any] = {
 _SHARED = ("vae", "text_encoder", "text_encoder_3")  # what a denoiser is trained beside
 _EMA_DECAY = {"vae": 0.999, "clip": 0.99, "t5": 0.99}  # denoisers: 0.999
 _RATE = {"vae": 2e-3, "clip": 1e-3, "t5": 1e-3}  # denoisers: 1e-3
+_BY_MUON = ("sd3", "flux")  # networks that are mostly matrices; Muon takes no convolutions
 
 
 def _latent_scale(vae: AutoencoderKL) -> float:
@@ -72,6 +73,7 @@ def _fit(
         final_share=0.01,
         warmup_steps=100,
         ema_decay=_EMA_DECAY.get(part, 0.999),
+        muon=part in _BY_MUON,
     )
     run = folder / f"{part}.run"
     beside = (f"{part}.start", *(_SHARED if part in RECIPES else ()))
@@ -134,7 +136,7 @@ def train_t5(folder: Path, minutes: float, device: torch.device, log: Log) -> Pr
 
 
 def train_denoiser(
-    part: str, folder: Path, minutes: float, device: torch.device, log: Log
+    part: str, folder: Path, minutes: float, device: torch.device, log: Log, *, compiled: bool
 ) -> Progress:
     """Train a denoiser; ``folder/<part>`` becomes a stock pipeline folder."""
     recipe = RECIPES[part]
@@ -142,7 +144,10 @@ def train_denoiser(
     network = _untrained(part, folder)
     probed = Probed(network, *recipe.probed).to(device)
     encode = TextEncoders.load(folder, device)
-    loss = denoiser_loss(recipe, probed, vae, encode)
+    if compiled:
+        network.compile(dynamic=False)
+    begun = hash_weights([folder / f"{part}.start"])  # so that a further training draws afresh
+    loss = denoiser_loss(recipe, probed, vae, encode, seed=begun)
     report = denoiser_report(recipe, network, vae, encode)
     progress = _fit(part, probed, loss, report, folder=folder, minutes=minutes, log=log)
     save_half(recipe.assemble(network, folder), folder / part)
@@ -210,6 +215,7 @@ def train(
     device: str = "cpu",
     *,
     start: Path | None = None,
+    compiled: bool = False,
     log: Log = print,
 ) -> None:
     """Train one part into ``folder``; the same call after a kill goes on.
@@ -224,6 +230,7 @@ def train(
         start: folder that holds the trained part (for CLIP, one with ``clip`` in it): training
             begins there. The folder of an SD3 pipeline also lends any denoiser its VAE and text
             encoders, where `folder` has none.
+        compiled: whether a denoiser is compiled first, by ``torch.compile``.
         log: called with lines of progress.
 
     Raises:
@@ -239,6 +246,6 @@ def train(
                 raise ValueError(f"{folder / needed} must exist: train vae, clip and t5 first")
     torch.manual_seed(0)  # initial weights; nothing else draws from the global generator
     parts = {"vae": train_vae, "clip": train_clip, "t5": train_t5}
-    run = parts.get(part, partial(train_denoiser, part))
+    run = parts.get(part, partial(train_denoiser, part, compiled=compiled))
     progress = run(folder, minutes, torch.device(device), log)
     log(_closing_line(part, progress, folder))

@@ -197,6 +197,8 @@ def test_training_batches_are_functions_of_the_step(parts):
     side = models.LATENT_SIZE
     assert again.latents.shape == (5, models.LATENT_CHANNELS, side, side)
     assert again.labels.shape == (5, side, side)
+    other = batches.LatentBank(vae, size=24, batch=8, seed="of another stage").draw(2, 5)
+    assert other.texts != again.texts
 
 
 def test_the_probe_is_the_cross_entropy_of_the_shares_of_a_patch():

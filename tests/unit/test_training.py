@@ -58,7 +58,42 @@ def test_only_what_requires_gradients_is_trained():
     assert torch.equal(model.bias, before)
 
 
-def test_a_run_that_died_ends_as_one_that_did_not(tmp_path):
+class Deep(nn.Module):
+    """A matrix inside a block, and one outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.out = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.block(x)))
+
+
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
+    torch.manual_seed(0)
+    model = Deep()
+    twin = Deep()
+    twin.load_state_dict(model.state_dict())
+    muon = torch.optim.Muon(
+        [twin.block.weight], lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    rest = [twin.block.bias, twin.out.weight, twin.out.bias]
+    adam = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.01, betas=(0.9, 0.98))
+    loss = regression(twin)
+    for step in range(3):
+        value = loss(step)
+        twin.zero_grad()
+        value.backward()
+        muon.step()
+        adam.step()
+    constant = {"warmup_steps": 1, "hold_share": 1.0, "clip": 1e9, "ema_decay": 0.0}
+    run(model, steps=3, learning_rate=0.01, muon=True, **constant)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, twin.get_parameter(name), msg=name)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_that_died_ends_as_one_that_did_not(tmp_path, muon):
     steps: list[int] = []
 
     def dying(model: nn.Module, limit: int):
@@ -72,18 +107,19 @@ def test_a_run_that_died_ends_as_one_that_did_not(tmp_path):
 
         return loss
 
-    whole = nn.Linear(2, 1)
+    whole = Deep()
     start = {name: value.clone() for name, value in whole.state_dict().items()}
-    run(whole, steps=60)
+    run(whole, steps=60, muon=muon)
     for limit in (20, 21, 45):
-        model = nn.Linear(2, 1)
+        model = Deep()
         model.load_state_dict(start if limit == 20 else model.state_dict())
         with pytest.raises(KeyboardInterrupt):
-            run(model, dying(model, limit), tmp_path, steps=60)
-    last = nn.Linear(2, 1)
-    run(last, dying(last, -1), tmp_path, steps=60)
+            run(model, dying(model, limit), tmp_path, steps=60, muon=muon)
+    last = Deep()
+    run(last, dying(last, -1), tmp_path, steps=60, muon=muon)
     assert steps == list(range(60))  # every step once: none lost, none doubled
-    assert torch.equal(last.weight, whole.weight) and torch.equal(last.bias, whole.bias)
+    for name, parameter in last.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
 
 
 def test_the_time_box_counts_the_time_before_a_kill(tmp_path):

@@ -15,6 +15,9 @@ from core2_sampler.types import Conditioning
 EXTRA = "extra."
 """Prefix of the tensors that a family adds to its prompts."""
 
+TOKEN_MASK = "encoder_hidden_states_mask"
+"""What networks whose prompts differ in tokens call that which tells the tokens from filling."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from core2_sampler.rows import Rows, stable_hash, widen
+from core2_sampler.rows import EXTRA, TOKEN_MASK, Rows, stable_hash, widen
 
 
 @lru_cache(maxsize=8192)
@@ -38,7 +39,10 @@ class StoredRows:
         return len(self._places)
 
     def take(self, index: Tensor) -> Rows:
-        """Return the rows at ``index`` [N], floating-point tensors in float32."""
+        """Return the rows at ``index`` [N], floating-point tensors in float32.
+
+        Prompts that have a mask of their tokens are filled up with zeros to the longest of them.
+        """
         rows: dict[str, list[Tensor]] = {}
         prompts: dict[str, list[Tensor]] = {}
         for shard, row in self._places[index].tolist():
@@ -48,7 +52,13 @@ class StoredRows:
             for name, tensor in _encoding(files[int(tensors["record"][row])]).items():
                 prompts.setdefault(name, []).append(tensor)
         del rows["record"]
-        stacked = {name: torch.stack(tensors) for name, tensors in (rows | prompts).items()}
+        masked = ("prompt_embeds", EXTRA + TOKEN_MASK) if EXTRA + TOKEN_MASK in prompts else ()
+        stacked = {
+            name: pad_sequence(tensors, batch_first=True)
+            if name in masked
+            else torch.stack(tensors)
+            for name, tensors in (rows | prompts).items()
+        }
         return Rows.from_tensors({name: widen(tensor) for name, tensor in stacked.items()})
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Rows:

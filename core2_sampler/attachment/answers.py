@@ -91,6 +91,7 @@ class Answers:
         asks: whether it asks the rule.
         sigma: its noise level.
         guided: whether the loop has asked for guidance at all.
+        apart: whether both prompts of a pass are run one after the other.
     """
 
     head: WeakHead | None
@@ -104,6 +105,7 @@ class Answers:
     asks: bool = False
     sigma: float = 0.0
     guided: bool = False
+    apart: bool = False
     _first: _PromptPass | None = None
 
     @property
@@ -118,6 +120,8 @@ class Answers:
     def pair(self, network: Network, forward: Forward, call: Call, batch: int) -> Any:
         """Answer one pass of both prompts; run the prompt's rows alone where that is enough.
 
+        Apart, passes have the rows of one prompt in all steps.
+
         Args:
             network: that is asked.
             forward: runs it.
@@ -126,14 +130,14 @@ class Answers:
         """
         self.guided = True
         prompt = network.rows(call, batch, prompt=True)
-        run = call if self.step.kind in ("cfg", "slow") else prompt
-        with self._active(network), network.capture(self._reads) as read:
-            output = forward(*run.args, **run.kwargs)
+        if self.apart or self.step.kind not in ("cfg", "slow"):
+            output = self.prompt(network, forward, prompt)
+            negative = network.rows(call, batch, prompt=False)
+            told = network.prediction(self.negative(network, forward, negative))
+            return network.join(output, network.prediction(output), told)
+        with network.capture(self._reads) as read:
+            output = forward(*call.args, **call.kwargs)
         features = read()
-        if run is prompt:
-            cond = network.prediction(output)
-            first = _PromptPass(prompt, output, cond, features)
-            return network.join(output, cond, self._without_negative(network, first))
         cond, uncond = network.split(network.prediction(output))
         features = None if features is None else network.split(features)[0]
         first = _PromptPass(prompt, output, cond, features)

@@ -14,11 +14,17 @@ from core2_sampler.attachment.answers import Seen, Watch
 from core2_sampler.attachment.checks import NEGATIVES, scale_argument
 from core2_sampler.attachment.layouts import EMBEDS, Call, told
 from core2_sampler.attachment.networks import find_networks
-from core2_sampler.attachment.replay import TIMESTEP, Replay, prompt_tensors, timesteps
+from core2_sampler.attachment.replay import (
+    TIMESTEP,
+    Replay,
+    prompt_tensors,
+    timesteps,
+    token_mask,
+)
 from core2_sampler.collect import CollectConfig, Job, driver, fill_store, make_units
 from core2_sampler.plan import Core2Config
 from core2_sampler.recording import Recorder, Unit, encodings_by_file, kept_steps
-from core2_sampler.rows import EXTRA
+from core2_sampler.rows import EXTRA, TOKEN_MASK
 from core2_sampler.trajectory import Record, TrajectoryStore
 from core2_sampler.types import Conditioning
 from core2_sampler.weak_heads.base import WeakHead
@@ -101,7 +107,8 @@ def collect_stock(
         ]
         watch = _Keeper(Recorder(first.levels, keep, config.features), first.call)
         _run(pipe, arguments, records, policy, watch)
-        return watch.recorder.rows(), encodings_by_file(records, watch.prompt())
+        encodings = encodings_by_file(records, watch.prompt())
+        return watch.recorder.rows(), {name: _tokens(each) for name, each in encodings.items()}
 
     return fill_store(run, jobs, store, config, about=facts, **sharing)
 
@@ -199,8 +206,11 @@ class _Keeper:
         exact = {_TIMESTEP_ROW: timesteps(call, len(shown.x))}
         self.recorder(seen.i, shown.x, shown.cond, gap, shown.features, exact)
         extra = prompt_tensors(network, call, self.like)
+        if TOKEN_MASK in call.kwargs:
+            extra[TOKEN_MASK] = token_mask(call)
         if self._prompt is None:
-            _check_tokens(call, self.like)
+            if TOKEN_MASK not in extra:
+                _check_tokens(call, self.like)
             self._prompt, self._extra = shown.prompt, extra
         else:  # what each step tells anew does not belong to the prompt
             known = self._extra.items()
@@ -211,6 +221,15 @@ class _Keeper:
         if self._prompt is None:
             raise ValueError("the loop must ask for the negative prompt, got a run that did not")
         return Conditioning(self._prompt.prompt_embeds, self._prompt.pooled, self._extra)
+
+
+def _tokens(encoding: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a prompt without what fills it up to the longest of its batch, where a mask tells."""
+    mask = encoding.get(EXTRA + TOKEN_MASK)
+    if mask is None:
+        return encoding
+    told = {name: encoding[name][mask] for name in ("prompt_embeds", EXTRA + TOKEN_MASK)}
+    return {**encoding, **told}
 
 
 def _check_tokens(call: Call, first: Call) -> None:

@@ -52,6 +52,17 @@ LAYOUTS = {
 }
 """The networks whose loops are known."""
 
+GUIDED_LAYOUTS = {
+    **LAYOUTS,
+    "CosmosTransformer3DModel": Layout(),
+    "ErnieImageTransformer2DModel": Layout(),
+    "Flux2Transformer2DModel": Layout(tokens=True),
+    "Flux3Transformer2DModel": Layout(tokens=True),
+    "Krea2Transformer2DModel": Layout(tokens=True),
+    "WanVACETransformer3DModel": Layout(),
+}
+"""The networks whose loops are known where a guider stands in them."""
+
 SAMPLE_NAMES = ("hidden_states", "sample", "x")
 """What networks call that which they are to denoise."""
 

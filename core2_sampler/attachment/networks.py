@@ -49,6 +49,7 @@ class Network:
             of its prompts and what it predicts.
         latent_channels: channels C of its latents, or of their tokens outside FLUX.
         denoiser: the adapter of one of our families.
+        compiled: whether ``torch.compile`` has the network, or parts of it.
     """
 
     module: nn.Module
@@ -56,6 +57,7 @@ class Network:
     family: str
     latent_channels: int
     denoiser: Denoiser | None
+    compiled: bool
     _size: tuple[Tensor, int, tuple[int, int]] | None = None
 
     def sample(self, call: Call) -> Tensor:
@@ -252,29 +254,32 @@ def find_networks(pipe: Any) -> list[Network]:
     return [network_of(pipe, module) for module in found]
 
 
-def network_of(pipe: Any, module: nn.Module) -> Network:
+def network_of(pipe: Any, module: nn.Module, layouts: Mapping[str, Layout] = LAYOUTS) -> Network:
     """Return a denoiser as the loops of diffusers call it.
 
     Args:
         pipe: of which it is the ``unet`` or ``transformer``; tells its family the scheduler.
         module: the denoiser, or what ``torch.compile`` has made of it.
+        layouts: the networks that are known, by their class.
 
     Raises:
         ValueError: its loop is not known.
     """
-    module = unwrap_module(module)
+    given, module = module, unwrap_module(module)
     name = type(module).__name__
-    if name not in LAYOUTS:
-        raise ValueError(f"the denoiser must be one of {', '.join(LAYOUTS)}, got {name}")
+    if name not in layouts:
+        raise ValueError(f"the denoiser must be one of {', '.join(layouts)}, got {name}")
     config: Any = module.config
-    layout, family = LAYOUTS[name], _family(pipe, module)
+    layout, family = layouts[name], _family(pipe, module)
     channels = config.in_channels
     if family == "flux":
         channels = (config.out_channels or channels) // 4
     elif not layout.tokens:  # more in: an inpainting mask; more out: a learned variance
         channels = min(channels, config.get("out_channels") or channels)
     denoiser = _FAMILIES[family].denoiser(pipe) if family in _FAMILIES else None
-    return Network(module, layout, family, channels, denoiser)
+    parts = (part._compiled_call_impl for part in module.modules())
+    compiled = given is not module or any(part is not None for part in parts)
+    return Network(module, layout, family, channels, denoiser, compiled)
 
 
 def _family(pipe: Any, module: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core2_sampler.attachment.layouts import BY_TAP, EMBEDS, SAMPLE_NAMES, SHARED, Call
 from core2_sampler.attachment.networks import Network
+from core2_sampler.rows import TOKEN_MASK
 from core2_sampler.types import Conditioning
 
 TIMESTEP = "timestep"
@@ -104,6 +105,14 @@ def timesteps(call: Call, rows: int) -> Tensor:
     return given.flatten().expand(rows)
 
 
+def token_mask(call: Call) -> Tensor:
+    """Return which token embeddings of a pass are of its prompts, [B, T]: all if it is not told."""
+    mask, embeds = call.kwargs[TOKEN_MASK], call.kwargs[EMBEDS]
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    return mask.bool()
+
+
 def prompt_tensors(network: Network, call: Call, like: Call) -> dict[str, Tensor]:
     """Return by name what a pass was told of each prompt, beside its embeddings.
 
@@ -139,7 +148,11 @@ def _tensors(call: Call) -> dict[str, Tensor]:
 
 
 def _filled(call: Call, tensors: Mapping[str, Tensor]) -> Call:
-    return _map(call, lambda name, tensor: tensors.get(name, tensor))
+    """Return the call told other tensors, a mask also where it was told none."""
+    filled = _map(call, lambda name, tensor: tensors.get(name, tensor))
+    if TOKEN_MASK in call.kwargs and TOKEN_MASK in tensors:
+        return Call(filled.args, {**filled.kwargs, TOKEN_MASK: tensors[TOKEN_MASK]})
+    return filled
 
 
 def _map(call: Call, function: Callable[[str, Tensor], Tensor]) -> Call:

@@ -172,6 +172,8 @@ class Run:
         check_head(head, plan, network)  # type: ignore[arg-type]  # reads what a Network has
         for each in self.networks:
             self._check_plan(plan, each.module)
+        # all passes of one shape, so that no step waits for the compiler; plain CFG is as it was
+        self._answers.apart = network.compiled and any(step.kind != "cfg" for step in plan.steps)
         if head is not None:
             head.to(network.sample(call).device)
             if in_model:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core2_sampler.attachment.checks import check_head, find_head
 from core2_sampler.attachment.clock import noise_levels
+from core2_sampler.attachment.layouts import GUIDED_LAYOUTS
 from core2_sampler.attachment.networks import Network, network_of
 from core2_sampler.attachment.run import check_no_faster_cache
 from core2_sampler.pipelines.loop import check_head as check_scales
@@ -94,7 +95,7 @@ def guided_network(
         _execution_device="cpu",
         vae_scale_factor=8,
     )
-    network = network_of(parts, denoiser)
+    network = network_of(parts, denoiser, GUIDED_LAYOUTS)
     head = find_head(given_head, network)
     check_head(head, config, network)
     if head is not None and type(head).begin is not WeakHead.begin:

@@ -13,10 +13,12 @@ import diffusers
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from core2_sampler import attached, testing
 from core2_sampler.attachment.collecting import collect_stock, replay
 from core2_sampler.attachment.networks import find_networks
+from core2_sampler.cli.collect import CollectOptions, run_collect
 from core2_sampler.cli.reflect import ReflectOptions, run_reflect
 from core2_sampler.cli.stock import StockModel, read_call
 from core2_sampler.collect import CollectConfig, Job, collect, make_units
@@ -337,6 +339,80 @@ def test_prompts_of_another_length_are_refused_before_they_are_stored(tmp_path):
     with pytest.raises(ValueError, match="as many tokens as the first, 8, got 24"):
         collect_stock(built(stock.name), padded, JOBS, store, kept)
     assert [key.prompt_id for key in store.records()] == ["one"]
+
+
+def test_prompts_that_a_mask_tells_from_filling_may_differ_in_length(tmp_path):
+    """Qwen-Image fills prompts up to the longest of a call: with junk here, for all to hear."""
+    stock, lengths = STOCK["QwenImagePipeline"], dict(zip(SEEDS, (5, 8), strict=True))
+    pipe = built(stock.name)
+
+    def filled(records):
+        call, size = arguments(stock)(records), [lengths[record.seed] for record in records]
+        mask = torch.arange(max(size)) < torch.tensor(size)[:, None]
+        told = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask}
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            told[name] = call[name][:, : max(size)].masked_fill(~mask[..., None], 7.0)
+        return {**call, **told}
+
+    stores = []
+    for size in (1, 2):
+        store = TrajectoryStore(tmp_path / str(size))
+        collect_stock(pipe, filled, JOBS, store, CollectConfig(**CONFIG, batch_size=size))
+        stores.append(store)
+    record = next(iter(store.records().values()))
+    for name, length in zip(("one", "two"), lengths.values(), strict=True):
+        alone, beside = (rows_of(each, name) for each in stores)
+        assert alone.prompt_embeds.shape[1] == beside.prompt_embeds.shape[1] == length
+        for key in ("prompt_embeds", "x", "cond", "gap"):
+            close(getattr(beside, key), getattr(alone, key))
+    both = store.rows().take(torch.arange(6))
+    assert sorted(both.extra["encoder_hidden_states_mask"].sum(1).tolist()) == [5] * 3 + [8] * 3
+    with torch.no_grad():
+        again = replay(pipe, filled, record)(both.x, both.sigma, both.conditioning())
+    close(again, both.cond, 1e-2)
+
+
+def qwen_image(folder):
+    """Save Qwen-Image in miniature, with a text encoder of its own class."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    text = {
+        "vocab_size": 1000,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "out_hidden_size": 16, "fullatt_block_indexes": [0]},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    parts = {**STOCK["QwenImagePipeline"].parts(), "text_encoder": encoder, "vae": vae}
+    parts["tokenizer"] = testing.tiny_sdxl_pipeline().tokenizer
+    diffusers.QwenImagePipeline(**parts).save_pretrained(folder)
+
+
+def test_the_command_line_takes_prompts_of_qwen_image_of_any_length(tmp_path):
+    qwen_image(tmp_path / "model")
+    texts = ["a", "a red circle", "two blue rings over a green square"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    (tmp_path / "call.yaml").write_text("height: 64\nwidth: 64\n")
+    names = {"output": "data", "model": "model", "prompts": "prompts.txt", "call": "call.yaml"}
+    given = {name: str(tmp_path / file) for name, file in names.items()}
+    options = {"pipeline": "QwenImagePipeline", "steps": 2, "device": "cpu", "batch_size": 2}
+    run_collect(load_config(CollectOptions, given={**given, **options}))
+    store = TrajectoryStore(given["output"])
+    rows = store.rows().take(torch.arange(6))
+    lengths = rows.extra["encoder_hidden_states_mask"].sum(1).unique()
+    assert len(lengths) == 3 and lengths[-1] == rows.prompt_embeds.shape[1]
+    store.verify()
 
 
 def test_what_is_told_of_each_token_is_refused_before_anything_is_stored(tmp_path):

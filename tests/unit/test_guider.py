@@ -5,11 +5,7 @@ Truth: diffusers' own guider in the same pipeline, and the stock pipelines.
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -19,9 +15,11 @@ from diffusers import ClassifierFreeGuidance, FirstBlockCacheConfig
 from diffusers.configuration_utils import register_to_config
 
 from core2_sampler import attached, testing
-from core2_sampler.attachment.networks import find_networks
+from core2_sampler.attachment.layouts import GUIDED_LAYOUTS
+from core2_sampler.attachment.networks import find_networks, network_of
 from core2_sampler.guider import CoRe2Guidance
 from core2_sampler.plan import Core2Config
+from core2_sampler.testing.modular import MODULAR
 from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
@@ -57,121 +55,20 @@ class Knows(WeakHead):
         return self.gaps[self.step - 1].to(cond)
 
 
-@dataclass
-class Modular:
-    """A modular pipeline in miniature, and what its call needs."""
-
-    blocks: Callable
-    parts: Callable
-    arguments: dict
-    passes: list = field(default_factory=list)
-
-    def pipe(self):
-        pipe = self.blocks().init_pipeline()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            parts = self.parts()
-        known = {**pipe._component_specs, **pipe._config_specs}
-        pipe.update_components(**{k: v for k, v in parts.items() if k in known and v is not None})
-        for name in ("transformer", "transformer_2", "unet"):
-            if (network := getattr(pipe, name, None)) is not None:
-                network.eval()
-                self.count(network)
-        return pipe
-
-    def count(self, network):
-        """Count the rows of each pass below all hooks."""
-        forward = network.forward
-
-        @functools.wraps(forward)
-        def counting(*args, **kwargs):
-            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-            self.passes.append(len(x))
-            return forward(*args, **kwargs)
-
-        network.forward = counting
-
-    def sample(self, pipe, guider=None, **options):
-        if guider is not None:
-            pipe.update_components(guider=guider)
-        self.passes.clear()
-        call = {"num_inference_steps": 3, "output": "latents", "output_type": "latent"}
-        generator = torch.Generator().manual_seed(1)
-        return pipe(**{**call, "generator": generator, **self.arguments, **options})
+SDXL, SD3, QWEN = (MODULAR[n] for n in ("StableDiffusionXL", "StableDiffusion3", "QwenImage"))
+TEXTS = SDXL.arguments
+TWO = [name for name in MODULAR if name.startswith("Wan22")]
+ONE = [name for name in MODULAR if name not in TWO]
+"""Pipelines of two networks, and of one."""
 
 
-def parts_of(name):
-    return STOCK[name].parts()
-
-
-def wan(count=1):
-    parts = parts_of("WanPipeline")
-    kind, config = type(parts["transformer"]), parts["transformer"].config
-    names = ("transformer", "transformer_2")[:count]
-    made = {
-        name: kind.from_config({**config, "in_channels": 16, "out_channels": 16}) for name in names
-    }
-    return {"scheduler": parts["scheduler"], "boundary_ratio": 0.8, **made}
-
-
-def denoise(blocks, *path):
-    """Return the part of a pipeline between text encoder and VAE."""
-
-    def build():
-        found = getattr(diffusers, blocks)()
-        for name in ("denoise", *path):
-            found = found.sub_blocks[name]
-        return found
-
-    return build
-
-
-def embeds(**others):
-    """Return one prompt's embeddings and the negative one's."""
-    both = 3 * torch.randn(2, 1, 8, 16, generator=torch.Generator().manual_seed(5))
-    return {"prompt_embeds": both[0], "negative_prompt_embeds": both[1], **others}
-
-
-TEXTS = {"prompt": "a red circle", "negative_prompt": "dark", "height": 16, "width": 16}
-MASK = torch.ones(1, 8, dtype=torch.bool)
-MASKS = {"prompt_embeds_mask": MASK, "negative_prompt_embeds_mask": MASK.clone()}
-SIZE = {"height": 64, "width": 64}
-LISTS = {name: list(rows) for name, rows in embeds().items()}
-
-SDXL = Modular(
-    diffusers.StableDiffusionXLAutoBlocks, lambda: parts_of("StableDiffusionXLPipeline"), TEXTS
-)
-SD3 = Modular(
-    diffusers.StableDiffusion3AutoBlocks,
-    lambda: parts_of("StableDiffusion3Pipeline"),
-    {**TEXTS, "max_sequence_length": 8},
-)
-QWEN = Modular(
-    denoise("QwenImageAutoBlocks"), lambda: parts_of("QwenImagePipeline"), embeds(**MASKS, **SIZE)
-)
-WAN = Modular(denoise("WanBlocks"), wan, embeds(num_frames=5, **SIZE))
-WAN22 = Modular(denoise("Wan22Blocks"), lambda: wan(2), WAN.arguments)
-Z_IMAGE = Modular(
-    denoise("ZImageAutoBlocks"),
-    lambda: parts_of("ZImagePipeline"),
-    {**LISTS, "height": 128, "width": 128},
-)
-LTX = Modular(
-    denoise("LTXAutoBlocks"),
-    lambda: parts_of("LTXPipeline"),
-    embeds(
-        prompt_attention_mask=MASK,
-        negative_prompt_attention_mask=MASK.clone(),
-        num_frames=9,
-        height=256,
-        width=256,
-    ),
-)
-EACH = {"sdxl": SDXL, "sd3": SD3, "qwen": QWEN, "wan": WAN, "z-image": Z_IMAGE, "ltx": LTX}
+def networks(pipe):
+    found = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    return [network_of(pipe, each, GUIDED_LAYOUTS) for each in found if each is not None]
 
 
 def network(pipe):
-    return find_networks(pipe)[0]
+    return networks(pipe)[0]
 
 
 def close(ours, stock, share=1e-5):
@@ -182,11 +79,12 @@ def far(ours, other):
     return float((ours - other).abs().max()) > 1e-3 * float(other.abs().max())
 
 
-@pytest.fixture(params=EACH)
+@pytest.fixture
 def modular(request):
-    return EACH[request.param]
+    return MODULAR[request.param]
 
 
+@pytest.mark.parametrize("modular", ONE, indirect=True)
 def test_a_perfect_head_is_cfg_at_half_the_passes(modular):
     pipe = modular.pipe()
     wanted = modular.sample(pipe, ClassifierFreeGuidance(SCALE))
@@ -207,6 +105,7 @@ def pipe_hooks(pipe):
     return network(pipe).module._diffusers_hook.hooks
 
 
+@pytest.mark.parametrize("modular", [*ONE[:4], "ZImage", "Flux2KleinBase"], indirect=True)
 def test_without_a_gap_it_is_the_prompt_alone_and_slow_steps_are_stronger_cfg(modular):
     pipe = modular.pipe()
     unguided = modular.sample(pipe, ClassifierFreeGuidance(1.0))
@@ -215,6 +114,13 @@ def test_without_a_gap_it_is_the_prompt_alone_and_slow_steps_are_stronger_cfg(mo
     assert len(modular.passes) == 3
     close(modular.sample(pipe, CoRe2Guidance(SCALE, "quality", "cond")), stronger)
     assert len(modular.passes) == 6 and far(stronger, unguided)
+
+
+def test_krea_2_counts_its_scale_from_zero():
+    krea = MODULAR["Krea2"]
+    pipe = krea.pipe()
+    own = ClassifierFreeGuidance(guidance_scale=4.5, use_original_formulation=True)
+    close(krea.sample(pipe, CoRe2Guidance(5.5, CFG)), krea.sample(pipe, own))
 
 
 HEADS = {
@@ -243,7 +149,7 @@ def test_a_head_guides_as_under_attach(family, kind):
             tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
         if kind == "affine":
             head.levels.copy_(torch.tensor([0.1, 1.0, 10.0]))
-    call = {k: v for k, v in modular.arguments.items() if k != "output"}
+    call = modular.arguments
     for config in (Core2Config(slow_steps=0), MIXED):
         with attached(stock, head=head, core2=config):
             wanted = stock(
@@ -355,21 +261,22 @@ def test_a_cache_that_no_loop_tells_the_prompt_is_refused():
     assert torch.isfinite(QWEN.sample(pipe)).all()
 
 
-def test_two_guiders_count_for_themselves():
-    pipe = WAN22.pipe()
-    heads = [Knows.for_denoiser(each) for each in find_networks(pipe)]
+@pytest.mark.parametrize("modular", TWO, indirect=True)
+def test_two_guiders_count_for_themselves(modular):
+    pipe = modular.pipe()
+    heads = [Knows.for_denoiser(each) for each in networks(pipe)]
     scales = (SCALE, 2.0)
 
     def guide(make):
         pipe.update_components(**{name: make(i) for i, name in enumerate(("guider", "guider_2"))})
-        return WAN22.sample(pipe)
+        return modular.sample(pipe)
 
     wanted = guide(lambda i: ClassifierFreeGuidance(scales[i]))
     assert torch.equal(guide(lambda i: CoRe2Guidance(scales[i], CFG, heads[i])), wanted)
     assert all(head.gaps for head in heads) and sum(len(head.gaps) for head in heads) == 3
     close(guide(lambda i: CoRe2Guidance(scales[i], "fast", heads[i])), wanted)
-    close(WAN22.sample(pipe), wanted)
-    assert len(WAN22.passes) == 3
+    close(modular.sample(pipe), wanted)
+    assert len(modular.passes) == 3
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -423,14 +330,33 @@ def test_slow_steps_by_the_heads_card_are_refused_at_once():
         CoRe2Guidance(SCALE, Core2Config(slow_steps="budget:40"), "cond")
 
 
+# The list ----------------------------------------------------------------------------------------
+
+
+def modular_pipelines():
+    """Return diffusers' modular pipelines by name: the class of their network, if they guide it."""
+    found = {}
+    for name in dir(diffusers):
+        if name.endswith("ModularPipeline") and name != "ModularPipeline":
+            blocks = getattr(diffusers, getattr(diffusers, name).default_blocks_name)()
+            parts = {part.name: part.type_hint.__name__ for part in blocks.expected_components}
+            networks = ("unet", "transformer_2", "transformer")
+            kind = next((parts[each] for each in networks if each in parts), None)
+            found[name.removesuffix("ModularPipeline")] = kind if "guider" in parts else None
+    return found
+
+
 @pytest.mark.checkout
-def test_the_page_has_a_row_for_each_pipeline():
-    """The rows with zigzag steps are those of test_modular_tasks.py."""
+@pytest.mark.skipif(not diffusers.__version__.startswith("0.42"), reason="a list of diffusers 0.42")
+def test_the_page_lists_every_modular_pipeline_that_takes_a_guider():
     page = (Path(__file__).parents[2] / "docs" / "howto" / "modular.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (.+), text \| (.+ \| .+) \|$", page, re.MULTILINE))
-    names = {"sdxl": "SDXL", "sd3": "SD3", "qwen": "Qwen-Image", "wan": "Wan 2.1", "ltx": "LTX"}
-    tried = [names.get(each, each.title()) for each in EACH]  # and test_two_guiders
-    zigzag = {"SDXL", "SD3", "FLUX.1"}
-    assert rows == {
-        each: "yes | yes" if each in zigzag else "yes | –" for each in (*tried, "Wan 2.2", "FLUX.1")
-    }
+    found = modular_pipelines()
+    guided = {name: kind for name, kind in found.items() if kind is not None}
+    assert set(MODULAR) < set(guided)
+    marks = {name: "yes" if name in MODULAR else "no" for name in guided}
+    rows = [f"| {name} | {kind} | {marks[name]} |" for name, kind in guided.items()]
+    assert "\n".join(["| pipeline | network | tried |", "|---|---|---|", *rows]) in page
+    count = f"Of the {len(found)} modular pipelines of diffusers 0.42, {len(guided)} take a guider"
+    assert f"{count}; {len(MODULAR)} of them are tried." in " ".join(page.split())
+    unknown = {kind for name, kind in guided.items() if name not in MODULAR}
+    assert not unknown & set(GUIDED_LAYOUTS)

@@ -147,6 +147,20 @@ class AdapterHead(WeakHead):
             for handle in handles:
                 handle.remove()
 
+    def strength(self, guidance_scale: float) -> float:
+        """Return what every adapter's output is multiplied by at a guidance scale; 0 at scale 1.
+
+        Raises:
+            ValueError: if the scale is neither 1 nor within ``scale_range``.
+        """
+        low, high = self.config.scale_range
+        if guidance_scale != 1 and not low <= guidance_scale <= high:
+            raise ValueError(
+                f"guidance_scale must be within {low} to {high}, which this head was trained for, "
+                f"got {guidance_scale}"
+            )
+        return (guidance_scale - 1) / (self.config.reference_scale - 1)
+
     @contextmanager
     def active(self, guidance_scale: float) -> Iterator[None]:
         """Turn on for the passes inside the context, at this guidance scale.
@@ -155,15 +169,10 @@ class AdapterHead(WeakHead):
             ValueError: if the scale is neither 1 nor within ``scale_range``, or the head is not
                 attached.
         """
-        low, high = self.config.scale_range
-        if guidance_scale != 1 and not low <= guidance_scale <= high:
-            raise ValueError(
-                f"guidance_scale must be within {low} to {high}, which this head was trained for, "
-                f"got {guidance_scale}"
-            )
+        strength = self.strength(guidance_scale)
         if not self._attached:
             raise ValueError("the head must be attached before it is active: enter attached()")
-        self._strength = (guidance_scale - 1) / (self.config.reference_scale - 1)
+        self._strength = strength
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""``core2 heads``: what weak heads there are, and the import of the authors' own."""
+"""``core2 heads``: what weak heads there are, import of the authors' own, export of a LoRA."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import typer
 
 from core2_sampler.cli.options import add_command
-from core2_sampler.config import ConfigError, option, user_input
+from core2_sampler.config import ConfigError, check_folder, option, user_input
 from core2_sampler.fitting import UNTRAINED, find_head
 from core2_sampler.model_files import EMBEDDED, find_model
 
 app = typer.Typer(
-    help="Show the weak heads, and import the authors' own.",
+    help="Show the weak heads, import the authors' own, export an adapter as a LoRA.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,9 +34,24 @@ class ImportOptions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Options of ``core2 heads export``."""
+
+    heads: tuple[str, ...] = option(
+        help="Folder or hub id of a trained adapter; `core2 heads list` shows those of the "
+        "embedded models.",
+        positional=True,
+    )
+    lora: Path = option(help="The LoRA file, *.safetensors, for load_lora_weights.")
+    guidance_scale: float | None = option(
+        None, help="Scale that it guides at; by default the adapter's reference scale.", min=1
+    )
+
+
 @app.callback()
 def _group() -> None:
-    """Show the weak heads, and import the authors' own."""
+    """Show the weak heads, import the authors' own, export an adapter as a LoRA."""
 
 
 @app.command("list")
@@ -74,4 +89,20 @@ def import_head(options: ImportOptions) -> None:
     )
 
 
+def export_head(options: ExportOptions) -> None:
+    """Write an adapter at one guidance scale as a LoRA that stock pipelines load and fuse."""
+    if len(options.heads) != 1:
+        raise ConfigError(f"heads must be one adapter, got {len(options.heads)}")
+    check_folder(options.lora.parent, "the folder of lora")
+    from core2_sampler.weak_heads import load_head
+    from core2_sampler.weak_heads.lora import write_lora
+
+    with user_input():
+        head = load_head(options.heads[0])
+        scale = options.guidance_scale or head.config.get("reference_scale", 1.0)
+        write_lora(head, scale, options.lora)
+    print(f"{options.lora}: guidance scale {scale:g} in one pass, without guidance of the call")
+
+
 add_command(app, "import", ImportOptions, import_head)
+add_command(app, "export", ExportOptions, export_head)

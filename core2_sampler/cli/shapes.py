@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ class TrainOptions:
         help="Folder of a trained pipeline (for clip: of `clip`) to go on from; SD3's lends its "
         "VAE and text encoders where --out has none.",
     )
+    compile: bool = option(
+        False, help="Compile a denoiser first: takes minutes, and a C++ compiler on a CPU."
+    )
     device: str = option("auto", help=DEVICE_HELP)
 
 
@@ -75,6 +79,27 @@ class ShipOptions:
         positional=True,
     )
     head: Path | None = option(None, help="Folder of the trained weak head to put inside.")
+    into: Path | None = option(
+        None, help="Folder of the shipped models; by default that of this installation."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildOptions:
+    """Options of ``core2 shapes rebuild``."""
+
+    out: Path = option(
+        help="Folder of all that is made; the same command again goes on. The models that could "
+        "be shipped end in its folder `models`.",
+        short="-o",
+    )
+    minutes: float | None = option(
+        None,
+        help="Time for the whole chain, shared by its stages in proportion; by default what the "
+        "shipped models had. Very short ones take longer: nothing is measured on no images.",
+        min=0.001,
+    )
+    device: str = option("auto", help=DEVICE_HELP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +124,14 @@ def train(options: TrainOptions) -> None:
     hide_loading()
     with user_input():
         device = pick_device(options.device)
-        train_part(options.part, options.out, options.minutes, device, start=options.start)
+        train_part(
+            options.part,
+            options.out,
+            options.minutes,
+            device,
+            start=options.start,
+            compiled=options.compile,
+        )
 
 
 def ship(options: ShipOptions) -> None:
@@ -109,9 +141,45 @@ def ship(options: ShipOptions) -> None:
     from core2_sampler.cli.ship import ship as ship_model
     from core2_sampler.shapes import MODELS
 
+    models = options.into or MODELS
+    check_folder(models, "into")
     with user_input():
-        for line in ship_model(Path(options.folders[0]), options.head, MODELS):
+        models.mkdir(parents=True, exist_ok=True)
+        for line in ship_model(Path(options.folders[0]), options.head, models):
             print(line)
+
+
+def rebuild(options: RebuildOptions) -> None:
+    """Train all embedded models and their heads from nothing; a killed run goes on.
+
+    The installation is left as it is; `core2 shapes ship` puts a model there.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ConfigError("the judge needs scipy: pip install 'core2-sampler[bench]'")
+    check_folder(options.out, "out")
+
+    from core2_sampler.info import pick_device
+    from core2_sampler.shapes.rebuild import RECORD, chain
+    from core2_sampler.shapes.rebuild import rebuild as rebuild_models
+
+    with user_input():
+        device = pick_device(options.device)
+        stages = chain(options.out, options.minutes, device)
+        record = rebuild_models(
+            stages, options.out, _run_command, minutes=options.minutes, device=device
+        )
+    took = sum(stage["minutes"] for stage in record["stages"].values())
+    print(f"{options.out / 'models'}: {took:.1f} minutes in all, in {options.out / RECORD}")
+
+
+def _run_command(arguments: list[str]) -> None:
+    from core2_sampler.cli import main
+
+    try:
+        main(arguments)
+    except SystemExit as done:
+        if done.code:
+            raise
 
 
 def average(options: AverageOptions) -> None:
@@ -209,6 +277,7 @@ def all_texts() -> dict[str, Prompt]:
 
 add_command(app, "train", TrainOptions, train)
 add_command(app, "average", AverageOptions, average)
+add_command(app, "rebuild", RebuildOptions, rebuild)
 add_command(app, "ship", ShipOptions, ship)
 add_command(app, "render", RenderOptions, render)
 add_command(app, "judge", JudgeOptions, judge)

@@ -43,6 +43,8 @@ class Arm:
         sample_rule: picks each image's scale in each step while it runs. No key of an arm tells it:
             `core2_sampler.benchmarks.ruled` keeps such images, and nothing else may.
         evaluators: folders of what picks each image's scale in each step, with commas between.
+        image_scales: file of the guidance scale of each image, by case, in place of the one.
+        embedded_guidance: that FLUX.1-dev embeds; None is the stock call's.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Arm:
     scale_rule: str | None = None
     sample_rule: SampleRule | None = None
     evaluators: str | None = None
+    image_scales: str | None = None
+    embedded_guidance: float | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise be ignored."""

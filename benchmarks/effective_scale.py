@@ -8,7 +8,7 @@ Reference: Xie et al., Guidance Matters, arXiv 2602.22570.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,9 +100,52 @@ class EffectiveScale:
     def official(self) -> EffectiveScale:
         """Return the scales as the released evaluation has them: norms, which lose the sign.
 
-        It averages as we do, and measures its single-prediction methods at the same latents.
+        It averages as we do, and measures its single-prediction methods at the same latents; what
+        it does differently with Z-Sampling is for the `Meter`.
         """
         return replace(self, scales=self.scales.abs())
+
+
+Compare = Callable[[Denoiser, Tensor, Tensor, Prompts, Tensor], tuple[Tensor, Tensor]]
+"""``scale, share = compare(denoiser, x, sigma, prompts, d)``, [B] each: what ``d`` amounts to."""
+
+
+def against_gap(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: Prompts, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `project` of a prediction at its latents, by two passes.
+
+    Raises:
+        ValueError: there is no negative prompt.
+    """
+    cond, gap = _sides(denoiser, x, sigma, prompts)
+    return project(d, cond, gap)
+
+
+def against_gap_as_released(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: Prompts, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the same as the released evaluation has it for Z-Sampling: of ``d``, uncond left in.
+
+    Its scale is off by ``<uncond, gap> / <gap, gap>``.
+
+    Raises:
+        ValueError: there is no negative prompt.
+    """
+    _, gap = _sides(denoiser, x, sigma, prompts)
+    return project(d, gap, gap)  # with 0 in the place of uncond
+
+
+def _sides(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Return cond and the true gap; one side at a time, as other batch sizes round differently."""
+    prompt, negative = prompts
+    if negative is None:
+        raise ValueError(
+            "the negative prompt must be there in every step to measure the gap, got none: use a "
+            "guidance scale above 1, and no callback that takes it away"
+        )
+    cond = denoiser(x, sigma, prompt)
+    return cond, wide(cond) - wide(denoiser(x, sigma, negative))
 
 
 @dataclass(slots=True, eq=False)
@@ -114,11 +157,15 @@ class Meter:
             outside the method's own passes, as heads of this library are.
         sigmas: noise levels, [N + 1] or [N]; step ``i`` is evaluated at ``sigmas[i]``.
         prompts: ``(cond, uncond)`` of step ``i``.
+        compare: what each prediction is measured by.
+        steps: the steps that are measured; None is all.
     """
 
     denoiser: Denoiser
     sigmas: Tensor
     prompts: Callable[[int], Prompts]
+    compare: Compare = against_gap
+    steps: Container[int] | None = None
     _measured: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
     _nfe: int = field(default=0, init=False)
 
@@ -137,7 +184,8 @@ class Meter:
             with count_nfe(self.denoiser.module) as counter:
                 d = predict(x, i)
             self._nfe += counter.per_sample(len(x))
-            self._measure(x, i, d)
+            if self.steps is None or i in self.steps:
+                self._measure(x, i, d)
             return d
 
         return measured
@@ -155,14 +203,5 @@ class Meter:
 
     @torch.no_grad()
     def _measure(self, x: Tensor, i: int, d: Tensor) -> None:
-        prompt, negative = self.prompts(i)
-        if negative is None:
-            raise ValueError(
-                f"the negative prompt must be there in every step to measure the gap, got none in "
-                f"step {i}: use a guidance scale above 1, and no callback that takes it away"
-            )
         sigma = torch.full((len(x),), float(self.sigmas[i]), device=x.device, dtype=wide_dtype(x))
-        # One side at a time, as fast steps run theirs: other batch sizes round differently.
-        cond = self.denoiser(x, sigma, prompt)
-        gap = wide(cond) - wide(self.denoiser(x, sigma, negative))
-        self._measured.append(project(d, cond, gap))
+        self._measured.append(self.compare(self.denoiser, x, sigma, self.prompts(i), d))

@@ -2,8 +2,8 @@
 
 Judges reward strong guidance, and with a head that predicts nothing, weak-to-strong 1.5 at scale
 3.5 is CFG at 4.75. So a win has to hold against CFG at the method's own effective guidance scale
-and NFE. On FLUX the scale is that of the pipeline's true CFG alone, with ``weak_guidance`` or
-without; that of embedded guidance on its own is not measured.
+and NFE. On FLUX there are two: the scale of the pipeline's true CFG, and the embedded guidance that
+comes nearest.
 
 Reference: Xie et al., Guidance Matters, arXiv 2602.22570.
 """
@@ -17,9 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from core2_sampler.benchmarks.arms import Arm
-from core2_sampler.benchmarks.effective_scale import EffectiveScale, Meter
+from core2_sampler.benchmarks.effective_scale import (
+    EffectiveScale,
+    Meter,
+    against_gap_as_released,
+)
+from core2_sampler.benchmarks.embedded_guidance import nearest_guidance
+from core2_sampler.benchmarks.options import GA_EVAL_MODES
+from core2_sampler.benchmarks.runs import MATCHED
 from core2_sampler.benchmarks.stats import Estimate
 from core2_sampler.pipelines.loop import Run
+from core2_sampler.plan import Plan
+from core2_sampler.registry import unknown_name
 from core2_sampler.types import Denoiser, Predict
 
 _SCALE_DIGITS = 4
@@ -66,7 +75,7 @@ class Difference:
 
 
 @contextmanager
-def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
+def measuring(pipe: Any, mode: str = "signed") -> Iterator[Callable[[], EffectiveScale]]:
     """Measure the calls with ``core2`` that a pipeline gets inside the context.
 
     The calls return what they always return. The negative prompt is encoded even where no step of
@@ -74,19 +83,30 @@ def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
 
     Args:
         pipe: a CoRe2 pipeline.
+        mode: ``signed`` is the effective guidance scale; ``official`` the same as the released
+            evaluation has it: norms, and Z-Sampling's with uncond left in, of its zigzag steps
+            alone; ``embedded`` the nearest embedded guidance, see `nearest_guidance`.
 
     Yields:
         A callable that returns the latest call's measurement.
 
     Raises:
-        ValueError: from the call, if it has a guidance scale of at most 1 or the denoiser caches;
-            from the callable, if no call was measured.
+        ValueError: if there is no such mode; from the call, if it has a guidance scale of at most
+            1, the denoiser caches, or it embeds no guidance that could be measured; from the
+            callable, if no call was measured.
     """
+    if mode not in GA_EVAL_MODES:
+        raise unknown_name("mode of GA-Eval", mode, GA_EVAL_MODES)
     latest: list[Meter] = []
 
     def observe(run: Run, denoiser: Denoiser, predict: Predict) -> Predict:
-        latest[:] = [Meter(denoiser, run.schedule.sigmas, lambda _i: run.prompts())]
-        return latest[0].watch(predict)
+        meter = Meter(denoiser, run.schedule.sigmas, lambda _i: run.prompts())
+        if mode == "embedded":
+            meter.compare = nearest_guidance
+        elif mode == "official" and is_z_sampling(run.plan):
+            meter.compare, meter.steps = against_gap_as_released, run.plan.zigs
+        latest[:] = [meter]
+        return meter.watch(predict)
 
     def read() -> EffectiveScale:
         if not latest:
@@ -94,7 +114,8 @@ def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
                 "a call with core2= must be made before its scale is read, got none: plain CFG is "
                 "core2=Core2Config(mode='cfg')"
             )
-        return latest[0].result()
+        found = latest[0].result()
+        return found.official() if mode == "official" else found
 
     pipe._core2_observer = observe
     try:
@@ -103,11 +124,17 @@ def measuring(pipe: Any) -> Iterator[Callable[[], EffectiveScale]]:
         del pipe._core2_observer
 
 
-def measure_effective_scale(pipe: Any, **call: Any) -> EffectiveScale:
+def is_z_sampling(plan: Plan) -> bool:
+    """Tell whether a plan has zigzag steps that are made and undone by CFG or a part of it."""
+    return bool(plan.zigs) and not plan.by_gap and not plan.needs_head
+
+
+def measure_effective_scale(pipe: Any, mode: str = "signed", **call: Any) -> EffectiveScale:
     """Run a pipeline's call for the sake of its effective guidance scale alone.
 
     Args:
         pipe: a CoRe2 pipeline.
+        mode: see ``measuring``.
         **call: its arguments, ``core2`` among them.
 
     Returns:
@@ -116,7 +143,7 @@ def measure_effective_scale(pipe: Any, **call: Any) -> EffectiveScale:
     Raises:
         ValueError: see ``measuring``.
     """
-    with measuring(pipe) as read:
+    with measuring(pipe, mode) as read:
         pipe(**{"output_type": "latent", **call})
     return read()
 
@@ -147,12 +174,46 @@ def matched_arms(arm: Arm, scale: float, nfe: float) -> tuple[Arm, Arm]:
             "to the prompt there is no guidance to match"
         )
     scale = round(scale, _SCALE_DIGITS)
-    steps = int(nfe / 2) if scale > 1 else int(nfe)
-    if steps < 1:
-        raise ValueError(f"nfe must pay for a step of CFG, got {nfe:g} for arm {arm.name!r}")
-    name = f"{arm.name}-matched"
-    matched = Arm(name, "cfg", steps, scale) if scale > 1 else Arm(name, "cond", steps, 1.0)
+    name = f"{arm.name}{MATCHED}"
+    if scale > 1:
+        matched = Arm(name, "cfg", _affordable(arm, nfe / 2), scale)
+    else:
+        matched = Arm(name, "cond", _affordable(arm, nfe), 1.0)
     return Arm("cfg", "cfg", arm.steps, arm.guidance_scale), matched
+
+
+def officially_matched_arm(arm: Arm, image_scales: str, nfe: float) -> Arm:
+    """Return the CFG run of the released evaluation: every image at the scale of its own.
+
+    Args:
+        arm: the method.
+        image_scales: file of the scales, see `Arm`.
+        nfe: as in ``matched_arms``.
+
+    Raises:
+        ValueError: if the NFE does not pay for one step.
+    """
+    steps = _affordable(arm, nfe / 2)
+    return Arm(f"{arm.name}{MATCHED}", "cfg", steps, arm.guidance_scale, image_scales=image_scales)
+
+
+def embedded_arm(arm: Arm, guidance: float, nfe: float) -> Arm:
+    """Return the run of FLUX without true CFG at an embedded guidance and a method's NFE.
+
+    Args:
+        arm: the method.
+        guidance: the embedded guidance that its runs come nearest to.
+        nfe: as in ``matched_arms``.
+    """
+    guidance = round(guidance, _SCALE_DIGITS)
+    steps = _affordable(arm, nfe)
+    return Arm(f"{arm.name}{MATCHED}", "cond", steps, 1.0, embedded_guidance=guidance)
+
+
+def _affordable(arm: Arm, steps: float) -> int:
+    if steps < 1:
+        raise ValueError(f"nfe must pay for a step of CFG, got {steps:g} steps for {arm.name!r}")
+    return int(steps)
 
 
 def is_below_cfg(scale: float) -> bool:
@@ -160,18 +221,27 @@ def is_below_cfg(scale: float) -> bool:
     return round(scale, _SCALE_DIGITS) < 1
 
 
-def verdict(name: str, default: Difference, matched: Difference) -> str:
+AGAINST = {
+    "signed": "CFG at its own effective scale and NFE",
+    "official": "CFG at the effective scale of each of its images and its NFE",
+    "embedded": "the network alone at the embedded guidance nearest to it and its NFE",
+}
+"""What a method is matched with, by mode."""
+
+
+def verdict(name: str, default: Difference, matched: Difference, mode: str = "signed") -> str:
     """Say in plain words what a method's two comparisons with CFG show.
 
     Args:
         name: of the method.
         default: difference to CFG at its default scale and steps.
-        matched: difference to CFG at the method's effective scale and NFE.
+        matched: difference to what it is matched with, see `AGAINST`.
+        mode: what it is matched by.
 
     Returns:
         One sentence.
     """
-    against = "CFG at its own effective scale and NFE"
+    against = AGAINST[mode]
     if math.isnan(default.estimate.low) and math.isnan(matched.estimate.low):
         return (
             f"{name}: too few prompts, or no spread, for an interval against default CFG "
@@ -181,7 +251,7 @@ def verdict(name: str, default: Difference, matched: Difference) -> str:
     if matched.is_win:
         if default.is_win:
             return f"{facts}: the gain is more than a change of guidance scale."
-        return f"{facts}: better than CFG for the same cost, but no win over default CFG."
+        return f"{facts}: better for the same cost, but no win over default CFG."
     if default.is_win:
         return f"{facts}: it wins only against default CFG, and its scale may be all of that."
     return f"{facts}: no gain over CFG is shown."

@@ -84,6 +84,9 @@ class KneeConfig:
     out: Path = option(Path("out/knee.md"), help="The table; its JSON lies beside it.")
 
 
+GA_EVAL_MODES = ("signed", "official", "embedded")
+"""What methods are matched by, see `core2_sampler.benchmarks.ga_eval.measuring`."""
+
 BenchConfig = ShapesConfig | SweepConfig | KneeConfig
 
 OUT = option(Path("out/suites"), help="Folder of the results; nothing in it is made twice.")
@@ -147,6 +150,13 @@ class GenerateConfig:
         help="Images on which each method's effective guidance scale is measured, so that it is "
         "also compared with CFG at that scale and NFE; 0 leaves this out.",
         min=0,
+    )
+    ga_eval_mode: str | None = option(
+        None,
+        help="What is measured: signed, the effective guidance scale; official, as the released "
+        "evaluation measures it, of every image, each with CFG at its own scale; embedded, for "
+        "FLUX.1-dev, the embedded guidance that comes nearest. By default the preset's, else "
+        "signed.",
     )
     shard: str = option("0/1", help="Share i/n of the images, i from 0 to n - 1.")
     out: Path = OUT

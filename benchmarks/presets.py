@@ -25,6 +25,7 @@ class Preset:
         scorers: judges.
         deviations: what is not as published.
         limit: only so many prompts; of a list without tasks, the first.
+        ga_eval_mode: what methods are matched by.
     """
 
     about: str
@@ -35,6 +36,7 @@ class Preset:
     scorers: tuple[str, ...]
     deviations: tuple[str, ...]
     limit: int | None = None
+    ga_eval_mode: str = "signed"
 
 
 PRESETS: Registry[Preset] = Registry("preset")
@@ -74,9 +76,10 @@ for _name, _preset in {
             "one of its four prompt sets",
             "HPSv2.1 in place of HPSv2, no MPS and no FID",
             "published scale known for SDXL alone, used for every family",
-            "CFG at one mean effective scale for each arm, not at another for each image",
+            "NFE is counted, but for Z-Sampling, whose ratio is the published one",
         ),
         limit=101,
+        ga_eval_mode="official",
     ),
     "core2-paper": Preset(
         "HPDv2, whose score the paper's figure shows, with its repository's defaults",

@@ -35,7 +35,7 @@ def findings(run: Run, compared: Sequence[Comparison]) -> tuple[list[str], list[
                 unsure.setdefault(metric, []).append(name)
                 continue
             only_default = default.is_win and not matched.is_win
-            text = f"GA-Eval on {metric}: {verdict(name, default, matched)}"
+            text = f"GA-Eval on {metric}: {verdict(name, default, matched, entry.measured_by)}"
             (hollow if only_default else other).append(text)
         elif True in pair and pair[True].is_win and not is_known_plain(entry):
             hollow.append(
@@ -123,7 +123,9 @@ def below_note(run: Run) -> list[str]:
         f"The effective scale of {run.short_name(entry)} is {entry.effective_scale:.2f}, and CFG "
         f"has none below 1: {entry.arm.name}{MATCHED} is the model without guidance."
         for entry in run.arms
-        if entry.effective_scale is not None and is_below_cfg(entry.effective_scale)
+        if entry.effective_scale is not None
+        and entry.measured_by == "signed"
+        and is_below_cfg(entry.effective_scale)
     ]
 
 
@@ -152,16 +154,30 @@ def judge_notes(metric: Metric) -> list[str]:
     ]
 
 
+_MEASURED = {
+    "signed": "effective scale and orthogonal share of {names}: measured on {count} evenly spaced "
+    "images",
+    "official": "effective scale and orthogonal share of {names}: of all {count} images, as the "
+    "released evaluation of GA-Eval measures them: norms, and Z-Sampling's with uncond left in. "
+    "What each is matched with is CFG at another scale for each image, and for Z-Sampling with "
+    "three times its steps",
+    "embedded": "effective scale of {names}: the embedded guidance at which the network's own "
+    "predictions come nearest to the method's, on {count} evenly spaced images; orthogonal: the "
+    "share of the method's change that no embedded guidance makes. What each is matched with is "
+    "the network alone at that guidance, without true CFG. GA-Eval has no such measure: it is ours",
+}
+
+
 def cost_note(run: Run) -> list[str]:
-    """Say on how many images the effective scales of a run were measured."""
-    names: dict[int, list[str]] = {}
+    """Say on how many images the effective scales of a run were measured, and what they are."""
+    names: dict[tuple[str, int], list[str]] = {}
     for entry in run.arms:
         if entry.measured_on is not None:
-            names.setdefault(entry.measured_on, []).append(run.short_name(entry))
+            key = (entry.measured_by, entry.measured_on)
+            names.setdefault(key, []).append(run.short_name(entry))
     return [
-        f"effective scale and orthogonal share of {', '.join(own)}: measured on {count} evenly "
-        "spaced images"
-        for count, own in names.items()
+        _MEASURED[mode].format(names=", ".join(own), count=count)
+        for (mode, count), own in names.items()
     ]
 
 

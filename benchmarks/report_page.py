@@ -66,7 +66,8 @@ NOTES = (
     "whatever else ran: `core2 bench speed` is what measures time.",
     "Effective scale is the guidance scale that a method's runs really have, orthogonal the share "
     "of its guidance that no scale can imitate. NAME-matched is CFG at that scale with the "
-    "method's NFE, rounded down to whole steps (GA-Eval, arXiv 2602.22570).",
+    "method's NFE, rounded down to whole steps (GA-Eval, arXiv 2602.22570); where they are "
+    "something else, the notes of the run say what.",
     "A metric that decides was declared by the suite before any run.",
 )
 
@@ -140,6 +141,7 @@ def _flat(
             if entry.effective_scale is not None:
                 about["effective_scale"] = entry.effective_scale
                 about["orthogonal_share"] = entry.orthogonal_share
+                about["measured_by"] = entry.measured_by
             found += [(row, {**entry.provenance, **about}) for row in own]
     return found
 

@@ -81,7 +81,7 @@ def scale_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
     A gain that is more than guiding harder lies above the curve, and above CFG at the method's own
     NFE. None where nothing was measured.
     """
-    if all(arm.entry.effective_scale is None for arm in metric.arms):
+    if all(_scale(metric, arm.entry) is None for arm in metric.arms):
         return None
     figure, axes = _figure(9, 4.5)
     curves: dict[int, list[Row]] = {}
@@ -91,7 +91,7 @@ def scale_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
             curves.setdefault(entry.of_steps, []).append(own)
             continue
         is_matched = entry.arm.name.endswith(MATCHED)
-        scale = own.guidance_scale if is_matched else entry.effective_scale
+        scale = _scale(metric, entry)
         if scale is not None:
             _, values, low, high = _columns(metric, [own])
             look = _look(metric, own.arm)
@@ -108,6 +108,17 @@ def scale_plot(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:
     axes.set(xlabel="effective guidance scale", ylabel=_unit(metric))
     title = f"{metric.label} against the effective guidance scale, 95 % intervals"
     return _finished(figure, axes, title)
+
+
+def _scale(metric: Metric, entry: RunArm) -> float | None:
+    """Return the effective scale of a method, or that of the CFG matched to it; None if unknown."""
+    name = entry.arm.name
+    if name.endswith(MATCHED) and entry.arm.image_scales is None:
+        return None if entry.arm.embedded_guidance is not None else entry.arm.guidance_scale
+    method = name.removesuffix(MATCHED)
+    own = [e.entry for e in metric.arms if e.entry.group == entry.group]
+    (found,) = [e for e in own if e.arm.name == method] or [entry]
+    return None if found.measured_by == "embedded" else found.effective_scale
 
 
 def task_bars(metric: Metric, rows: Sequence[Sequence[Row]]) -> Picture | None:

@@ -10,7 +10,7 @@ from core2_sampler.benchmarks.geneval.aggregate import correct_prompts
 from core2_sampler.benchmarks.measured import Measured, Metric
 from core2_sampler.benchmarks.report import Row
 from core2_sampler.benchmarks.report_render import Table, without_empty_columns
-from core2_sampler.benchmarks.runs import Run
+from core2_sampler.benchmarks.runs import Run, RunArm
 from core2_sampler.benchmarks.stats import Estimate
 
 _SHARES = ["% correct images", "% correct prompts"]
@@ -27,7 +27,7 @@ def score_table(metric: Metric, rows: Sequence[Sequence[Row]]) -> Table:
             [
                 own.arm,
                 str(own.steps),
-                f"{own.guidance_scale:.3g}",
+                _scale(entry, own),
                 _known(own.nfe, "g"),
                 _known(arm.seconds, ".2g"),
                 str(own.n_images),
@@ -73,6 +73,17 @@ def comparison_table(run: Run, compared: Sequence[Comparison]) -> Table:
             ]
         )
     return without_empty_columns(Table("Paired comparisons", head, lines, texts=3))
+
+
+def _scale(entry: RunArm, own: Row) -> str:
+    """Return an arm's guidance scale, and what stands in for it."""
+    if entry.arm.evaluators is not None:
+        return "picked"
+    if entry.arm.image_scales is not None:
+        return "each its own"
+    if entry.arm.embedded_guidance is not None:
+        return f"{own.guidance_scale:.3g}, embeds {entry.arm.embedded_guidance:.3g}"
+    return f"{own.guidance_scale:.3g}"
 
 
 def _caption(metric: Metric) -> str:

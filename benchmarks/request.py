@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from core2_sampler.benchmarks.arms import SUITE_ARMS, Arm, build_arms
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
 from core2_sampler.benchmarks.judges import check_judge, split_spec
-from core2_sampler.benchmarks.options import GenerateConfig
+from core2_sampler.benchmarks.options import GA_EVAL_MODES, GenerateConfig
 from core2_sampler.benchmarks.presets import PRESETS, Preset
 from core2_sampler.benchmarks.shard import Shard
 from core2_sampler.benchmarks.suites import SuitePrompt, load
 from core2_sampler.config import ConfigError, check_folder, user_input
 from core2_sampler.evaluators.shipped import find_evaluator
 from core2_sampler.model_files import ModelFiles, find_model
+from core2_sampler.registry import unknown_name
 
 _STEPS = (28,)
 _SEEDS = (0, 1)
@@ -31,6 +32,7 @@ class Request:
         seeds: seeds of each prompt.
         arms: each arm with the N and the scale that it was made for.
         deviations: where the preset, if there is one, is not followed.
+        ga_eval_mode: what methods are matched by.
     """
 
     model: ModelFiles
@@ -39,6 +41,7 @@ class Request:
     seeds: tuple[int, ...]
     arms: tuple[tuple[Arm, int, float], ...]
     deviations: tuple[str, ...]
+    ga_eval_mode: str = "signed"
 
 
 def check_request(config: GenerateConfig) -> Request:
@@ -63,6 +66,8 @@ def check_request(config: GenerateConfig) -> Request:
     seeds = config.seeds or (preset.seeds if preset else _SEEDS)
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be distinct, got {','.join(map(str, seeds))}")
+    mode = config.ga_eval_mode or (preset.ga_eval_mode if preset else GA_EVAL_MODES[0])
+    _check_mode(mode, model)
     heads = head_folders(config.heads, model)
     names = available_arms(SUITE_ARMS, heads) if config.arms is None else config.arms
     with user_input():
@@ -79,14 +84,33 @@ def check_request(config: GenerateConfig) -> Request:
         )
     check_scales([arm for arm, _, _ in arms], model)
     deviations = _deviations(config, preset)
-    return Request(model, suite, tuple(prompts), tuple(seeds), arms, deviations)
+    return Request(model, suite, tuple(prompts), tuple(seeds), arms, deviations, mode)
+
+
+def _check_mode(mode: str, model: ModelFiles) -> None:
+    if mode not in GA_EVAL_MODES:
+        raise ConfigError(str(unknown_name("ga_eval_mode", mode, GA_EVAL_MODES)))
+    if mode == "embedded" and model.family != "flux":
+        raise ConfigError(
+            f"ga_eval_mode embedded must come with a FLUX model, got one of {model.family}: leave "
+            "it out"
+        )
 
 
 def _deviations(config: GenerateConfig, preset: Preset | None) -> tuple[str, ...]:
     """Return where a run does not follow its preset: by nature, and by the user's options."""
     if preset is None:
         return ()
-    names = ("suite", "source", "limit", "steps", "guidance_scale", "seeds", "skip_nsfw")
+    names = [
+        "suite",
+        "source",
+        "limit",
+        "steps",
+        "guidance_scale",
+        "seeds",
+        "skip_nsfw",
+        "ga_eval_mode",
+    ]
     given = [f"{name} given as {getattr(config, name)}" for name in names if getattr(config, name)]
     return (*preset.deviations, *given)
 

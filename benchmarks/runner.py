@@ -29,7 +29,7 @@ from core2_sampler.pipelines.loop import check_head, check_rule
 from core2_sampler.plan import Core2Config, make_plan
 from core2_sampler.precision import DTYPES
 from core2_sampler.progress import only_errors
-from core2_sampler.scales import SampleRule
+from core2_sampler.scales import CallableScale, SampleRule
 from core2_sampler.steps import Step
 from core2_sampler.trajectory import TrajectoryStore
 from core2_sampler.weak_heads import HEADS, load_head
@@ -75,14 +75,28 @@ def call_of(
 ) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that samples a batch of an arm."""
     pipe = study.pipe
+    rule = sample_rule(study, arm) if arm.image_scales is None else _image_rule(arm, cases)
+    embedded = {} if arm.embedded_guidance is None else {"guidance_scale": arm.embedded_guidance}
     return {
         **encode(study, cases, with_negative=with_negative),
         "latents": pipe.family.noise(pipe, [case.generator() for case in cases]),
         "num_inference_steps": arm.steps,
         pipe.family.scale_argument: arm.guidance_scale,
+        **embedded,
         "output_type": "latent",
-        "core2": replace(arm, sample_rule=sample_rule(study, arm)).config(),
+        "core2": replace(arm, sample_rule=rule).config(),
     }
+
+
+def _image_rule(arm: Arm, cases: Sequence[Case]) -> SampleRule:
+    """Return the rule that holds each image at the scale that the arm's file has for it."""
+    known = _image_scales(arm)
+    scales = torch.tensor([known[case.key] for case in cases])  # [B]
+    return CallableScale(lambda pair: scales.to(pair.x.device))
+
+
+def _image_scales(arm: Arm) -> dict[str, float]:
+    return json.loads(Path(str(arm.image_scales)).read_text(encoding="utf-8"))["image_scales"]
 
 
 def sample_rule(study: Study, arm: Arm) -> SampleRule | None:
@@ -227,6 +241,10 @@ def arm_key(study: Study, arm: Arm, head: Any) -> dict[str, Any]:
     how.pop("in_model")  # the head tells
     if arm.evaluators is not None:
         how |= rule_key(online_rule(arm.evaluators, study.family, str(study.pipe.device)))
+    if arm.image_scales is not None:
+        how["image_scales"] = digest(_image_scales(arm))
+    if arm.embedded_guidance is not None:
+        how["embedded_guidance"] = arm.embedded_guidance
     return {
         **shared_key(study),
         **how,

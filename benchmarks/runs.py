@@ -21,7 +21,7 @@ REFERENCE = "cfg"
 """The arm that others at the same N and scale are compared with."""
 
 MATCHED = "-matched"
-"""End of the name of the CFG arm with the effective scale and NFE of the arm named before it."""
+"""End of the name of the arm with the same guidance and NFE as the arm named before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class RunArm:
         effective_scale: guidance scale that its runs really have, where it was measured.
         orthogonal_share: share of its guidance that CFG cannot imitate, where it was measured.
         measured_on: how many of its images both were measured on.
+        measured_by: the mode of GA-Eval, which says what both are.
     """
 
     arm: Arm
@@ -49,6 +50,7 @@ class RunArm:
     effective_scale: float | None = None
     orthogonal_share: float | None = None
     measured_on: int | None = None
+    measured_by: str = "signed"
 
     @property
     def group(self) -> tuple[int, float]:
@@ -169,6 +171,7 @@ def _update(before: RunArm | None, entry: RunArm, made: int) -> RunArm:
         effective_scale=measured.effective_scale,
         orthogonal_share=measured.orthogonal_share,
         measured_on=measured.measured_on,
+        measured_by=measured.measured_by,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from core2_sampler.benchmarks.embedded_guidance import check_embeds
 from core2_sampler.benchmarks.generate import Outcome, fill_arm
 from core2_sampler.benchmarks.judges import (
     default_judges,
@@ -53,6 +54,8 @@ def generate_suite(config: GenerateConfig, request: Request, command: str) -> Ru
         study = _open_study(config, request, device)
         for arm, _, _ in request.arms:
             check_arm(study, arm)
+        if request.ga_eval_mode == "embedded" and config.ga_eval:
+            check_embeds(study.pipe.transformer)
     shard = Shard.parse(config.shard).split(state.process_index, state.num_processes)
     entries, done = _fill_arms(config, request, study, shard, command, state.is_main_process)
     settings = run_settings(study, config.model)
@@ -102,7 +105,14 @@ def _fill_arms(
             entry = RunArm(arm, n, scale, folder, command, about)
             if config.ga_eval and arm.guidance_scale > 1 and not is_plain(arm):
                 with user_input():
-                    found = match(study, arm, outcome.folder, config.ga_eval, shard.index)
+                    found = match(
+                        study,
+                        arm,
+                        outcome.folder,
+                        config.ga_eval,
+                        shard.index,
+                        request.ga_eval_mode,
+                    )
                     queue.append((found.arm(arm), n, scale))
                 bar.add(shared)
                 entry = dataclasses.replace(
@@ -110,6 +120,7 @@ def _fill_arms(
                     effective_scale=found.effective_scale,
                     orthogonal_share=found.orthogonal_share,
                     measured_on=found.measured_on,
+                    measured_by=found.mode,
                 )
             entries.append(entry)
             done.append(outcome)

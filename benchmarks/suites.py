@@ -81,6 +81,8 @@ class Suite:
         tasks: all tasks of the complete list, where they are known.
         suffix: what follows the task in the names of upstream files; None where files have no task.
         required: columns that every row must have beside its text.
+        subset: size of the known selection of the list that names no tasks, but has as many
+            prompts of each, task by task.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Suite:
     tasks: tuple[str, ...] = ()
     suffix: str | None = None
     required: tuple[str, ...] = ()
+    subset: int = 0
 
 
 SUITES: Registry[Suite] = Registry("suite")
@@ -128,18 +131,19 @@ for _suite in (
     ),
     Suite(
         "hpdv2",
-        "HPDv2 benchmark (arXiv 2306.09341), four styles of 800",
+        "HPDv2 benchmark (arXiv 2306.09341), four styles of 800; 400 in one file are 100 of each",
         "Apache-2.0 (ymhao/HPDv2)",
         3200,
         "hpsv21",
         tuple(f"{_HPD}/{style}.json" for style in HPD_STYLES),
         HPD_STYLES,
         "",
+        subset=400,
     ),
     Suite(
         "pickapic",
         "Pick-a-Pic v1 test_unique (arXiv 2305.01569), by users, partly not safe for work",
-        "see the data card of yuvalkirstain/pickapic_v1; fetched from a copy without its own",
+        "not stated by yuvalkirstain/pickapic_v1; the copy that is fetched says MIT",
         500,
         "pickscore",
         ("hf:datasets/Jialuo21/pickapic-test/test.jsonl",),
@@ -262,12 +266,15 @@ def _read_file(suite: Suite, path: Path) -> list[SuitePrompt]:
         )
     task_column, file_task = _column(rows[0], _TASK_COLUMNS), _task_of_file(suite, path)
     prefix = suite.name if file_task is None else f"{suite.name}/{file_task}"
+    is_subset = len(rows) == suite.subset and task_column is None and file_task is None
     prompts = []
     for index, row in enumerate(rows):
         text = row.get(text_column)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path} must have a prompt in every row, got {text!r} in row {index}")
         given = row.get(task_column) if task_column else None
+        if is_subset:
+            given = suite.tasks[index * len(suite.tasks) // len(rows)]
         task = file_task or str(given or suite.name).strip()
         prompts.append(SuitePrompt(f"{prefix}/{index:05d}", text, task, row))
     return prompts

@@ -35,22 +35,23 @@ T2ICOMPBENCH = {
 """Scorer of each category of T2I-CompBench that does not need UniDet."""
 
 ABOUT = {
-    "aes": "predictor Apache-2.0, on openai/clip-vit-large-patch14 (see its hub card)",
-    "blipvqa": "weights: see the hub card of Salesforce/blip-vqa-capfilt-large; run at the size of "
-    "their conversion to transformers, where T2I-CompBench runs 480 px",
-    "clipscore": "weights: see the hub card of openai/clip-vit-large-patch14",
-    "clipscore-gaeval": "weights: see the hub card of openai/clip-vit-base-patch16",
-    "clipscore-hessel": "weights: see the hub card of openai/clip-vit-base-patch32",
-    "geneval": "weights of the detector: other (the hub card of "
-    "facebook/mask2former-swin-small-coco-instance), of the colors: OpenAI's CLIP",
+    "aes": "predictor Apache-2.0, on openai/clip-vit-large-patch14: MIT (openai/CLIP)",
+    "blipvqa": "weights BSD-3-Clause (Salesforce/blip-vqa-capfilt-large); run at the size of their "
+    "conversion to transformers, where T2I-CompBench runs 480 px",
+    "clipscore": "weights MIT (openai/CLIP; openai/clip-vit-large-patch14)",
+    "clipscore-gaeval": "weights MIT (openai/CLIP; openai/clip-vit-base-patch16)",
+    "clipscore-hessel": "weights MIT (openai/CLIP; openai/clip-vit-base-patch32)",
+    "geneval": "weights of the detector: other, as its hub card says "
+    "(facebook/mask2former-swin-small-coco-instance); of the colors: MIT (openai/CLIP)",
     "hpsv21": "weights Apache-2.0 (xswu/HPSv2)",
-    "imagereward": "weights: see the hub card of THUDM/ImageReward",
-    "pickscore": "weights: see the hub card of yuvalkirstain/PickScore_v1",
+    "imagereward": "weights Apache-2.0 (THUDM/ImageReward)",
+    "pickscore": "weights without a stated licence (yuvalkirstain/PickScore_v1), made from a "
+    "CLIP-H of MIT (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)",
     "shapes": "rules of this package, Apache-2.0",
     "shapes-clip": "weights of this package, Apache-2.0",
-    "t2icompbench-clip": "weights: see the hub card of openai/clip-vit-base-patch32",
+    "t2icompbench-clip": "weights MIT (openai/CLIP; openai/clip-vit-base-patch32)",
 }
-"""Licence of each judge's published weights, and where it does not run as published."""
+"""Licence of each judge's published weights as far as it is stated, and where it runs otherwise."""
 
 _UNIDET = ("spatial", "3d_spatial", "numeracy", "complex")
 

@@ -384,7 +384,7 @@ def test_a_process_that_measures_second_takes_the_numbers_of_the_first(tmp_path,
     def measure(*_: object) -> EffectiveScale:
         folder = tmp_path / "out" / "effective_scales"
         folder.mkdir(parents=True)
-        key = digest(matching._MEASURED, "arm", [study.cases[0].key])
+        key = digest(matching._MEASURED["signed"], "arm", [study.cases[0].key])
         (folder / f"{key}.json").write_text(json.dumps(first))  # meanwhile, by another
         return EffectiveScale(torch.full((2, 1), 3.0), torch.zeros(2, 1), 2)
 
@@ -401,9 +401,12 @@ def test_cond_and_cfg_at_one_scale_are_plain():
 
 def test_the_time_of_an_image_is_without_the_text_encoders(tmp_path):
     study = make_study(tmp_path, prompts=1)
-    study.pipe.text_encoder.register_forward_pre_hook(lambda *_: time.sleep(1.5))
+    slept = []
+    study.pipe.text_encoder.register_forward_pre_hook(lambda *_: slept.append(time.sleep(1.5)))
+    start = time.perf_counter()
     records = ImageStore(fill_arm(study, COND).folder).records().values()
-    assert 0 < sum(record.seconds for record in records) < 1.5
+    others = time.perf_counter() - start - 1.5 * len(slept)  # however slow the machine is
+    assert slept and 0 < sum(record.seconds for record in records) < others
     assert not any(t.requires_grad for kept in study._embeds.values() for t in kept.values())
 
 

@@ -380,6 +380,20 @@ def test_an_effective_scale_that_cfg_does_not_have_is_named(tmp_path):
     assert "CFG has none below 1: head-matched is the model without" in write_report(tmp_path, 0)
 
 
+def test_a_scale_that_is_not_one_number_says_what_it_is(tmp_path):
+    names = ("cfg", "cfg-online", "cfg-official", "cond")
+    run = make_run(tmp_path, dict.fromkeys(names, CFG_VALUES))
+    ways = ({}, {"evaluators": "e"}, {"image_scales": "f"}, {"embedded_guidance": 2.5})
+    arms = tuple(
+        dataclasses.replace(entry, arm=dataclasses.replace(entry.arm, **way))
+        for entry, way in zip(run.arms, ways, strict=True)
+    )
+    write_run(tmp_path, dataclasses.replace(run, arms=arms), [0] * 4)
+    score(tmp_path)
+    lines = cells(write_report(tmp_path, sheet=0), "imagereward (decides)")
+    assert [line[2] for line in lines] == ["3", "picked", "each its own", "1, embeds 2.5"]
+
+
 def test_cfg_alone_lacks_no_reference(tmp_path):
     make_run(tmp_path, {"cfg": CFG_VALUES})
     score(tmp_path)
@@ -399,7 +413,7 @@ def test_what_a_judge_ran_on_is_kept_with_its_scores_and_told(tmp_path):
     write_report(tmp_path, sheet=0)
     page = (tmp_path / "report/report.md").read_text()
     assert "imagereward judged on cpu, torch 2" in page and "judged on cuda, torch 2" in page
-    assert "imagereward: weights: see the hub card of THUDM/ImageReward" in page
+    assert "imagereward: weights Apache-2.0 (THUDM/ImageReward)" in page
 
 
 def test_judges_that_a_preset_does_not_have_are_named(tmp_path):

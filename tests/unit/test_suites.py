@@ -78,6 +78,23 @@ def test_the_hpdv2_subset_is_split_at_the_first_comma_only(tmp_path):
     assert texts(prompts) == ["plain", "a cat, a dog, and more", "one, comma"]
 
 
+def test_the_hpdv2_subset_has_its_styles_one_after_the_other(tmp_path):
+    """Truth: the published file of 400, by style in the order of the benchmark's own lists."""
+
+    def rows(count):
+        lines = "".join(f"{k},prompt, {k}\n" for k in range(count))
+        return write(tmp_path / "subset.csv", f"n,caption,caption_zh,note\n{lines}")
+
+    tasks = [prompt.task for prompt in load("hpdv2", rows(400))]
+    assert tasks == [style for style in HPD_STYLES for _ in range(100)]
+    few = load("hpdv2", rows(400), limit=8)
+    assert [(p.text, p.task) for p in few[2:4]] == [
+        ("prompt, 100", "concept-art"),
+        ("prompt, 101", "concept-art"),
+    ]
+    assert {prompt.task for prompt in load("hpdv2", rows(399))} == {"hpdv2"}
+
+
 def test_t2icompbench_is_a_folder_of_lists_by_category(tmp_path):
     for category in T2I_CATEGORIES:
         write(tmp_path / f"t2icompbench_{category}_val.txt", f"{category} a\r\n{category} b\r\n")
@@ -191,6 +208,8 @@ def test_a_suite_is_described_and_its_primary_metric_exists():
         assert judges <= set(ABOUT), "a report says under which licence a judge is"
     assert {prompt.task for prompt in load()} == set(SUITES.get("shapes").tasks)
     assert set(SCORERS.names()) - {"plugin"} < set(ABOUT)
+    named = re.compile(r"Apache-2\.0|MIT|BSD-3-Clause|detector: other|without a stated licence")
+    assert all(named.search(text) for text in ABOUT.values()), "no link in place of a licence"
 
 
 def test_a_fetched_file_must_have_its_digest(tmp_path):
@@ -206,12 +225,13 @@ def test_a_fetched_file_must_have_its_digest(tmp_path):
     ("suite", "source", "tasks"),
     [
         ("drawbench", "drawbench.csv", 11),
+        ("hpdv2", "hpdv2_subset400_goldennoise.csv", 4),
         ("geneval", "geneval_evaluation_metadata.jsonl", 6),
         ("t2icompbench", "", 8),
     ],
 )
 def test_the_published_lists_are_complete(suite, source, tasks):
     prompts = load(suite, Path(DATA) / source)
-    assert len(prompts) == SUITES.get(suite).size
+    assert len(prompts) in (SUITES.get(suite).size, SUITES.get(suite).subset)
     assert len({prompt.task for prompt in prompts}) == tasks
     assert len({prompt.id for prompt in prompts}) == len(prompts)

@@ -17,14 +17,18 @@ from core2_sampler.config import ConfigError, load_config, option, user_input
 from core2_sampler.registry import unknown_name
 
 if TYPE_CHECKING:
-    from core2_sampler.benchmarks.speed_arms import Bench
+    from core2_sampler.benchmarks.speed_bench import Bench
     from core2_sampler.benchmarks.speed_report import SpeedRow
 
 ARM_NAMES = (
     *("cfg", "cond", "cfg-half", "interval", "last-gap"),
     *("fast", "fast-quarter", "fast-half", "slow"),
+    *("zigzag", "zcore", "online"),
 )
-STACKS = ("eager", "graphs", "compile", "compile+graphs")
+STACKS = (
+    *("eager", "graphs", "compile", "compile+graphs"),
+    *("compile+fp8", "compile+graphs+fp8"),
+)
 _STEPS = {"sdxl": 50}
 
 
@@ -71,13 +75,19 @@ def bench_speed(config: SpeedConfig) -> None:
     from core2_sampler.benchmarks.report import provenance
     from core2_sampler.benchmarks.speed_arms import time_stack
     from core2_sampler.benchmarks.speed_timing import gpu_state
+    from core2_sampler.fused.float8 import convert_to_float8
 
     about = provenance(bench.device, command=command_line(config), weights="random head")
     about["gpu_before"] = gpu_state()
     rows: list[SpeedRow] = []
+    done: set[str] = set()
     for stack in choose_stacks(config, bench.cuda):
-        if "compile" in stack and not any("compile" in row.stack for row in rows):
+        if "fp8" in stack and "fp8" not in done:
+            convert_to_float8(bench.subject.denoiser.module)
+            done = {"fp8"}  # what was compiled before is to be compiled anew
+        if "compile" in stack and "compile" not in done:
             _compile(bench, config)
+            done.add("compile")
         for batch_size in config.batch_sizes:
             rows += time_stack(bench, config.arms, stack, batch_size)
     _finish(config, bench, rows, about)
@@ -108,12 +118,12 @@ def choose_stacks(config: SpeedConfig, cuda: bool) -> list[str]:
     """Return the stacks in the only order that works: a network stays compiled.
 
     Raises:
-        ConfigError: graphs without a GPU.
+        ConfigError: graphs or float8 without a GPU.
     """
     default = ("eager", "compile", "compile+graphs") if cuda else ("eager",)
     stacks = sorted(set(config.stacks or default), key=STACKS.index)
-    if not cuda and any("graphs" in stack for stack in stacks):
-        raise ConfigError("stacks with graphs must run on a CUDA device, got another one")
+    if not cuda and any("graphs" in stack or "fp8" in stack for stack in stacks):
+        raise ConfigError("stacks with graphs or fp8 must run on a CUDA device, got another one")
     return stacks
 
 
@@ -126,21 +136,37 @@ def open_bench(config: SpeedConfig) -> Bench:
     check_config(config)
     import torch
 
-    from core2_sampler.benchmarks.speed_arms import Bench
-    from core2_sampler.benchmarks.speed_models import build_head, build_subject, check_output
+    from core2_sampler.benchmarks.speed_bench import Bench
+    from core2_sampler.benchmarks.speed_models import (
+        build_evaluator,
+        build_head,
+        build_subject,
+        check_output,
+    )
+    from core2_sampler.fused.float8 import check_float8
     from core2_sampler.info import pick_device
 
     with user_input():
         device = pick_device(config.device)
         cuda = device.startswith("cuda")
-        choose_stacks(config, cuda)
+        stacks = choose_stacks(config, cuda)
         half = config.dtype == "bf16" or (config.dtype is None and cuda)
         dtype = torch.bfloat16 if half else torch.float32
         subject = build_subject(config.model, device, dtype, config.pixels)
         head = build_head(config.head, subject, dtype)
+        if any("fp8" in stack for stack in stacks):
+            check_float8(subject.denoiser.module)
     check_output(subject)
-    steps = config.steps or _STEPS.get(subject.denoiser.family, 28)
-    return Bench(subject, head, device, steps, config.guidance_scale, config.runs, config.seconds)
+    return Bench(
+        subject,
+        head,
+        build_evaluator(subject),
+        device,
+        config.steps or _STEPS.get(subject.denoiser.family, 28),
+        config.guidance_scale,
+        config.runs,
+        config.seconds,
+    )
 
 
 def _compile(bench: Bench, config: SpeedConfig) -> None:
@@ -159,15 +185,24 @@ def _finish(
 ) -> None:
     """Write the files; print the table, and all but the details as the last line."""
     from core2_sampler.benchmarks.speed_report import records, table, write_csv, write_json
+    from core2_sampler.benchmarks.speed_text import text_seconds
     from core2_sampler.benchmarks.speed_timing import gpu_state, vae_seconds
 
+    subject, module = bench.subject, bench.subject.denoiser.module
+    full_size = subject.vae is not None
+    dtype = next(module.parameters()).dtype
+    limits = (bench.runs, bench.seconds)
     shared: dict[str, Any] = {
         "model": config.model,
+        "settings": _settings(config, bench),
         "provenance": about,
         "gpu_after": gpu_state(),
         "baseline_drift": bench.drift,
         "faults": bench.faults,
-        "vae_decode_s": vae_seconds(bench.subject, bench.runs, bench.seconds, bench.cuda),
+        "vae_decode_s": vae_seconds(subject, *limits, bench.cuda),
+        "text_encode_s": text_seconds(subject.denoiser.family, bench.device, dtype, *limits)
+        if full_size
+        else None,
     }
     details = records(rows, about["gpu_before"])
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +210,8 @@ def _finish(
     write_csv(
         config.out.with_suffix(".csv"),
         rows,
-        model_class=type(bench.subject.denoiser.module).__name__,
-        params=bench.subject.parameters(),
+        model_class=type(module).__name__,
+        params=subject.parameters(),
         mode=config.compile,
         commit=about["commit"],
     )
@@ -185,6 +220,23 @@ def _finish(
         print(f"Void: {fault}")
     brief = ("arm", "stack", "batch_size", "nfe", "seconds", "speedup")
     print(json.dumps(shared | {"rows": [{k: row[k] for k in brief} for row in details]}))
+
+
+def _settings(config: SpeedConfig, bench: Bench) -> dict[str, Any]:
+    """Return what all runs had in common, defaults filled in."""
+    inputs = bench.subject.inputs(1)
+    module = bench.subject.denoiser.module
+    return {
+        "steps": bench.steps,
+        "guidance_scale": bench.guidance_scale,
+        "solver": "euler",
+        "network_dtype": str(next(module.parameters()).dtype),
+        "latents": list(inputs.x.shape[1:]),
+        "text_tokens": inputs.cond.prompt_embeds.shape[1],
+        "head": config.head,
+        "head_parameters": sum(each.numel() for each in bench.head.parameters()),
+        "compile": config.compile,
+    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from core2_sampler.benchmarks.arms import ARMS, OWN, ArmSpec
-from core2_sampler.benchmarks.speed_models import Inputs, Subject, count_flops
+from core2_sampler.benchmarks.speed_bench import Bench
+from core2_sampler.benchmarks.speed_models import Inputs
 from core2_sampler.benchmarks.speed_report import SpeedRow
 from core2_sampler.benchmarks.speed_timing import (
     LEAST_RUNS,
@@ -25,10 +25,12 @@ from core2_sampler.benchmarks.speed_timing import (
     timed,
 )
 from core2_sampler.fused.graphs import Graphs
+from core2_sampler.fused.moves import Move, moves_of
 from core2_sampler.fused.run import make_hot, sample_fused
 from core2_sampler.fused.sampler import FusedSampler, Model
 from core2_sampler.samplers import sample_euler
-from core2_sampler.steps import Kind, Plan
+from core2_sampler.scales import OnlineScale
+from core2_sampler.steps import Plan
 from core2_sampler.types import Denoiser
 from core2_sampler.weak_heads import HEADS
 from core2_sampler.weak_heads.base import WeakHead
@@ -43,6 +45,9 @@ SPEED_ARMS: dict[str, ArmSpec] = {
     "fast-quarter": ArmSpec("core", "the head, first quarter slow (E = N/4)", OWN, 0.25, 1.5),
     "fast-half": ArmSpec("core", "the head, first half slow (E = N/2)", OWN, 0.5, 1.5),
     "slow": ArmSpec("core", "the head, all slow (E = N)", OWN, 1.0, 1.5),
+    "zigzag": ARMS.get("zigzag"),
+    "zcore": ARMS.get("zcore"),
+    "online": ARMS.get("online"),
 }
 """What is timed. A slow step runs CFG's pair and asks the head."""
 
@@ -50,53 +55,6 @@ WARM_UPS = 3
 
 MAX_OFF = 0.05
 """Latents of an arm may be so far from those of the first stack, relative."""
-
-
-@dataclass(slots=True)
-class Bench:
-    """What all arms share.
-
-    Attributes:
-        subject: the network.
-        head: the weak head, of random weights.
-        device: of the runs.
-        steps: N.
-        guidance_scale: of every arm.
-        runs: timed runs of each arm.
-        seconds: of timed runs after which an arm has enough.
-        flops: of a step for one sample, by kind and class of the head.
-        finals: final latents of the first stack, by batch size and arm.
-        drift: of the baseline while a stack was timed, by stack and batch size.
-        faults: what makes the timings void.
-    """
-
-    subject: Subject
-    head: WeakHead
-    device: str
-    steps: int
-    guidance_scale: float
-    runs: int
-    seconds: float
-    flops: dict[tuple[Kind, str], int] = field(default_factory=dict)
-    finals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    drift: dict[str, float] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-    @property
-    def cuda(self) -> bool:
-        """Whether the runs are on a GPU."""
-        return self.device.startswith("cuda")
-
-    def flops_of(self, plan: Plan, head: WeakHead | None) -> int:
-        """Return the FLOPs of a run of one sample, counted once a kind on the meta device."""
-        total = 0
-        for step in plan.steps:
-            key = (step.kind, type(head).__name__)
-            if key not in self.flops:
-                twin = None if head is None else copy.deepcopy(head).to("meta")
-                self.flops[key] = count_flops(self.subject, twin, step.kind)
-            total += self.flops[key]
-        return total
 
 
 @dataclass(slots=True)
@@ -110,6 +68,7 @@ class SpeedArm:
         head: its head; None if it needs none.
         inputs: its batch.
         graphs: where its graphs are kept; None without.
+        rule: picks its scales; None if the plan has them.
         sigmas: its noise levels.
         denoiser: for these noise levels.
         final: latents of the latest run.
@@ -121,6 +80,7 @@ class SpeedArm:
     head: WeakHead | None
     inputs: Inputs
     graphs: Graphs | None
+    rule: OnlineScale | None = None
     sigmas: Tensor = field(init=False)
     denoiser: Denoiser = field(init=False)
     final: Tensor | None = None
@@ -141,6 +101,11 @@ class SpeedArm:
         """Whether its steps may be captured."""
         return self.head is None or self.head.static_state
 
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The hot steps of a run."""
+        return moves_of(self.plan, picks=self.rule is not None)
+
     def run(self, plan: Plan | None = None) -> None:
         """Sample once; a plan that is not its own runs on the first of its noise levels."""
         plan = plan or self.plan
@@ -150,17 +115,19 @@ class SpeedArm:
             input_dtype=self.bench.subject.input_dtype,
             observes=self.observes,
             static_head=self.static_head,
+            rule=self.rule,
         )
         x = self.inputs.x * float(self.sigmas[0])
         prompts = (self.inputs.cond, self.inputs.uncond)
         sampler, sigmas = FusedSampler(self.graphs), self.sigmas[: len(plan) + 1]
+        self._begin(sigmas)
         self.final = sampler(model, x, sigmas, plan, *prompts, solver=sample_euler)
 
     def profile(self) -> dict[str, Any] | None:
         """Return what one step of each of its kinds does on a GPU; None on the CPU."""
         if not self.bench.cuda:
             return None
-        kinds = {step.kind: step for step in self.plan.steps}
+        kinds = {(step.kind, step.inversion): step for step in self.plan.steps}
         return profile(partial(self.run, Plan(tuple(kinds.values()))))
 
     def take_apart(self) -> Parts:
@@ -171,16 +138,29 @@ class SpeedArm:
             self.denoiser,
             self.head,
             x,
-            len(self.plan),
+            len(self.moves),
             self.inputs.cond,
             self.inputs.uncond,
             input_dtype=subject.input_dtype,
             observes=self.observes,
+            rule=self.rule,
         )
+        self._begin(self.sigmas)
         with hot.hooked():
             parts.watch(hot)
-            sample_fused(hot, x, self.sigmas, self.plan)
+            sample_fused(hot, x, self.sigmas, self.plan, launch=parts.launch)
         return parts
+
+    def _begin(self, sigmas: Tensor) -> None:
+        if self.rule is not None:
+            self.rule.begin(self.denoiser, sigmas.tolist())
+
+    def first(self) -> tuple[float, int | None]:
+        """Return the wall seconds of one run, and the most bytes allocated; None on the CPU."""
+        if self.bench.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds, _ = timed(self.run, self.bench.cuda)
+        return seconds, torch.cuda.max_memory_allocated() if self.bench.cuda else None
 
     def peak(self) -> tuple[int, int] | None:
         """Return the most bytes allocated and reserved in one run; None on the CPU."""
@@ -194,12 +174,15 @@ class SpeedArm:
         """Say whether every step of a run is the replay of a graph."""
         before = 0 if self.graphs is None else self.graphs.replays
         self.run()
-        return self.graphs is not None and self.graphs.replays - before == len(self.plan)
+        return self.graphs is not None and self.graphs.replays - before == len(self.moves)
 
-    def off(self, batch_size: int) -> float:
-        """Return how far the latest run's latents are from those of the first stack, relative."""
+    def off(self, stack: str, batch_size: int) -> float:
+        """Return how far the latest run's latents are from those of the first stack, relative.
+
+        What runs in float8 is compared with the first of its own kind.
+        """
         final = self.final.float() if self.final is not None else torch.empty(0)
-        first = self.bench.finals.setdefault((batch_size, self.name), final)
+        first = self.bench.finals.setdefault(("fp8" in stack, batch_size, self.name), final)
         return float((final - first).norm() / first.norm())
 
 
@@ -216,12 +199,14 @@ def make_arms(
     """
     inputs, arms = bench.subject.inputs(batch_size), []
     for name in names:
-        arm = SPEED_ARMS[name].at(name, bench.steps, bench.guidance_scale, {OWN: OWN})
+        spec = SPEED_ARMS[name]
+        arm = spec.at(name, bench.steps, bench.guidance_scale, {OWN: OWN}, evaluators="random")
         head = None
         if arm.head is not None:
             control = HEADS.get(arm.head) if arm.head != OWN else None
             head = control.for_denoiser(bench.subject.denoiser) if control else bench.head
-        arms.append(SpeedArm(name, bench, arm.plan(in_model=False), head, inputs, graphs))
+        rule = OnlineScale({"random": bench.evaluator}) if spec.is_asking else None
+        arms.append(SpeedArm(name, bench, arm.plan(in_model=False), head, inputs, graphs, rule))
     return arms
 
 
@@ -236,7 +221,7 @@ def time_stack(bench: Bench, names: tuple[str, ...], stack: str, batch_size: int
     """
     graphs = Graphs(capacity=2 * len(names)) if "graphs" in stack else None
     arms = make_arms(bench, names, batch_size, graphs)
-    first = {arm.name: timed(arm.run, bench.cuda)[0] for arm in arms}
+    first = {arm.name: arm.first() for arm in arms}
     for arm in arms:
         for _ in range(WARM_UPS - 1):
             arm.run()
@@ -253,9 +238,12 @@ def time_stack(bench: Bench, names: tuple[str, ...], stack: str, batch_size: int
     return [replace(row, speedup=base / row.seconds()) for row in rows]
 
 
-def _row(arm: SpeedArm, stack: str, batch_size: int, times: Times, first: float) -> SpeedRow:
+def _row(
+    arm: SpeedArm, stack: str, batch_size: int, times: Times, first: tuple[float, int | None]
+) -> SpeedRow:
     bench, parts, peak, captured = arm.bench, arm.take_apart(), arm.peak(), arm.replays_all()
-    if not (off := arm.off(batch_size)) < MAX_OFF:
+    off = arm.off(stack, batch_size)
+    if not off < MAX_OFF and arm.rule is None:  # a rule may pick otherwise by a rounding error
         bench.faults.append(f"{arm.name}, {stack}: latents are {off:.2g} off the first stack's")
     if "graphs" in stack and arm.static_head and not captured:
         bench.faults.append(f"{arm.name}, {stack}: not every step is the replay of a graph")
@@ -268,10 +256,11 @@ def _row(arm: SpeedArm, stack: str, batch_size: int, times: Times, first: float)
         nfe=parts.rows["denoiser"] / batch_size,
         denoiser_calls=parts.calls["denoiser"],
         head_calls=parts.calls.get("head", 0),
-        flops=batch_size * bench.flops_of(arm.plan, arm.head),
+        flops=batch_size * bench.flops_of(arm.moves, arm.head),
         wall=summary(times.wall),
         device=summary(times.device),
-        first_run_s=first,
+        first_run_s=first[0],
+        first_run_peak=first[1],
         peak_allocated=peak and peak[0],
         peak_reserved=peak and peak[1],
         components=parts.seconds(),

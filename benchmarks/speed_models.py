@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core2_sampler.benchmarks.full_size import build_denoiser
+from core2_sampler.evaluators.network import LatentEvaluator
 from core2_sampler.full_size import FULL_SIZE, example_call
-from core2_sampler.fused.hot import STEPS
+from core2_sampler.fused.hot import ONLINE, STEPS
 from core2_sampler.fused.run import make_hot
 from core2_sampler.guidance import Prompts
 from core2_sampler.pipelines.adapters.discrete import Clock
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser
 from core2_sampler.registry import unknown_name
+from core2_sampler.scales import OnlineScale
 from core2_sampler.schedules import flow_sigmas, sigmas_from_scheduler
 from core2_sampler.steps import Kind
 from core2_sampler.types import Conditioning, Denoiser
@@ -131,6 +134,15 @@ def build_head(name: str, subject: Subject, dtype: torch.dtype) -> WeakHead:
     return head
 
 
+def build_evaluator(subject: Subject) -> LatentEvaluator:
+    """Return an evaluator of random weights, as online scales ask them, for a subject."""
+    inputs, family = subject.inputs(1), subject.denoiser.family
+    sizes = {"width": 64, "num_layers": 1} if subject.name in TINY else {}
+    evaluator = LatentEvaluator.for_model("preference", family, inputs.x, inputs.cond, **sizes)
+    fill(evaluator.eval().requires_grad_(False), seed=2)
+    return evaluator
+
+
 @torch.no_grad()
 def fill(module: nn.Module, seed: int = 0) -> None:
     """Give a module random weights that keep activations near unit size, in place.
@@ -172,20 +184,34 @@ def check_output(subject: Subject) -> None:
 
 
 @torch.no_grad()
-def count_flops(subject: Subject, head: WeakHead | None, kind: Kind) -> int:
+def count_flops(
+    subject: Subject, head: WeakHead | None, kind: Kind, rule: OnlineScale | None = None
+) -> int:
     """Return the FLOPs of one step of one sample: matrix products and convolutions.
 
     Args:
         subject: the network.
         head: on the meta device; None for a kind that asks none.
         kind: of the step.
+        rule: its evaluators on the meta device; None for a step that asks none.
     """
-    inputs = subject.inputs(1)
+    inputs, step = subject.inputs(1), (STEPS if rule is None else ONLINE)[kind]
     cond, uncond = (_to(side, "meta") for side in (inputs.cond, inputs.uncond))
-    hot = make_hot(subject.meta, head, inputs.x.to("meta"), 1, cond, uncond)
-    with hot.hooked(), FlopCounterMode(display=False) as counter:
-        STEPS[kind](hot)
+    hot = make_hot(subject.meta, head, inputs.x.to("meta"), 1, cond, uncond, rule=rule)
+    with hot.hooked(), _all_products(), FlopCounterMode(display=False) as counter:
+        step(hot)
     return counter.get_total_flops()
+
+
+@contextmanager
+def _all_products() -> Iterator[None]:
+    """Let encoder layers make their products one by one: the fused ones are not counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _of_pipeline(name: str, pipe: Any) -> Subject:

@@ -31,6 +31,10 @@ _PEAK = {"H100": 790e12, "H200": 790e12}
 """bf16 matrix products a second that these GPUs were seen to reach, in FLOPs."""
 
 
+NETWORKS = ("denoiser", "head", "evaluator")
+"""The components that are no overhead of the loop."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
     """One arm in one stack.
@@ -38,7 +42,7 @@ class SpeedRow:
     Attributes:
         model: name of the model.
         batch_size: B.
-        stack: eager, graphs, compile or compile+graphs.
+        stack: of `core2_sampler.benchmarks.speed.STACKS`.
         arm: name of the arm.
         steps: sampling steps.
         nfe: denoiser evaluations of one sample, counted by a wrapper.
@@ -48,12 +52,15 @@ class SpeedRow:
         wall: seconds of a run, synced wall clock.
         device: seconds of a run, CUDA events; None on the CPU.
         first_run_s: the first run in this stack, which compiles and captures.
+        first_run_peak: bytes allocated during it; None on the CPU.
         peak_allocated: bytes during timed runs; None on the CPU.
         peak_reserved: the same, of the allocator.
-        components: seconds of denoiser, head and fused operation in one run without graphs.
+        components: seconds of denoiser, head, evaluator and fused operation in one run without
+            graphs, and of the steps of each kind.
         profile: launches and waits of a run of one step of each kind; None on the CPU.
         captured: whether every step was the replay of a graph.
-        off_first: distance of the final latents from those of the first stack, relative.
+        off_first: distance of the final latents from those of the first stack, or of the first one
+            in float8, relative.
         speedup: of the CFG arm in the same stack and batch, by the median.
     """
 
@@ -69,6 +76,7 @@ class SpeedRow:
     wall: dict[str, float] | None
     device: dict[str, float] | None
     first_run_s: float
+    first_run_peak: int | None
     peak_allocated: int | None
     peak_reserved: int | None
     components: dict[str, float]
@@ -85,10 +93,20 @@ class SpeedRow:
         """Return what the run achieved."""
         return self.flops / self.seconds()
 
+    def loop_share(self) -> float | None:
+        """Return the share of the wall clock that no network takes; None on the CPU.
+
+        With graphs the networks are timed without them: small shares may come out below 0.
+        """
+        if self.wall is None or self.device is None:
+            return None
+        networks = sum(self.components.get(name, 0.0) for name in NETWORKS)
+        return 1 - networks / self.wall["median"]
+
     def share_of_peak(self, gpu: str | None) -> float | None:
-        """Return the share of the GPU's limit; None where that is not known."""
+        """Return the share of the GPU's limit in bf16; None where it is not known, or not it."""
         peak = next((v for name, v in _PEAK.items() if name in (gpu or "")), None)
-        return None if peak is None else self.flops_a_second() / peak
+        return None if peak is None or "fp8" in self.stack else self.flops_a_second() / peak
 
 
 def records(rows: Sequence[SpeedRow], gpu: str | None) -> list[dict[str, Any]]:
@@ -99,6 +117,7 @@ def records(rows: Sequence[SpeedRow], gpu: str | None) -> list[dict[str, Any]]:
             "seconds": row.seconds(),
             "tflops_a_second": row.flops_a_second() / 1e12,
             "share_of_peak": row.share_of_peak(gpu),
+            "loop_share": row.loop_share(),
             "host_overhead_s": None
             if row.wall is None or row.device is None
             else row.wall["median"] - row.device["median"],

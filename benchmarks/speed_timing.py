@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from core2_sampler.benchmarks.speed_models import Subject
 from core2_sampler.fused.hot import Hot
+from core2_sampler.fused.moves import Move
+from core2_sampler.fused.run import run_eagerly
 
 Run = Callable[[], Any]
 
@@ -97,7 +99,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float] | None:
 
 
 class Parts:
-    """Counts and times the parts of one eager run: denoiser, head and fused operation.
+    """Counts and times the parts of one eager run: networks, fused operation, and whole steps.
 
     Args:
         cuda: whether to time by CUDA events; else by the wall clock.
@@ -133,7 +135,16 @@ class Parts:
         hot.denoiser = _Watched("denoiser", hot.denoiser, self)
         if hot.head is not None and not hot.head.in_model:
             hot.head = _Watched("head", hot.head, self)
+        if hot.online is not None:
+            evaluators = hot.online.rule.evaluators
+            watched = {key: _Watched("evaluator", each, self) for key, each in evaluators.items()}
+            hot.online.rule = replace(hot.online.rule, evaluators=watched)
         hot.update = _Watched("update", hot.update, self)
+
+    def launch(self, hot: Hot, move: Move) -> None:
+        """Run a hot step, counted and timed by its kind."""
+        with self.span(f"{move.step.kind} step", 0):
+            run_eagerly(hot, move)
 
     def _now(self) -> Any:
         if not self._cuda:

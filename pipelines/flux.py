@@ -37,6 +37,7 @@ from core2_sampler.pipelines.flux_call import (
     warn_unguided,
 )
 from core2_sampler.pipelines.loop import Run, check_head, check_rule, reads_negative
+from core2_sampler.pipelines.negatives import encode_negative
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
@@ -199,7 +200,7 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         """
         embeds, pooled = self._encode_prompt(call, "")
         paired, second = reads_negative(self, plan), call.weak_guidance
-        negative = self._encode_prompt(call, "negative_") if paired and second is None else None
+        negative = self._encode_negative(call) if paired and second is None else None
         if negative is not None and negative[0].shape != embeds.shape:
             raise ValueError(
                 "the negative prompt's embeddings must have the shape of the prompt's "
@@ -240,6 +241,10 @@ class CoRe2FluxPipeline(CoRe2Mixin, FluxPipeline):
         check_rows(embeds, call.batch)
         check_rows(pooled, call.batch)
         return embeds, pooled
+
+    def _encode_negative(self, call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        kept = self._core2_negatives
+        return encode_negative(kept, self, call, lambda: self._encode_prompt(call, "negative_"))
 
     def _attention_arguments(self, call: SimpleNamespace, prefix: str) -> dict[str, Any]:
         """Return ``joint_attention_kwargs`` of one side: with its IP-Adapter images, if any."""

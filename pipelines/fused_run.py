@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,22 +17,39 @@ from core2_sampler.scales import OnlineScale
 from core2_sampler.types import Denoiser, OnStep
 from core2_sampler.weak_heads.base import WeakHead
 
+logger = logging.getLogger(__name__)
+
 
 def may_fuse(pipe: Any, run: Run) -> bool:
-    """Say whether hot steps can make a run.
+    """Say whether hot steps can make a run; one log line says why not.
 
     Args:
         pipe: the pipeline.
         run: the call's state.
     """
-    return (
-        pipe._core2_fused is not None
-        and pipe._core2_observer is None
-        and run.call.callback_on_step_end is None
-        and run.adjust is None
-        and (run.rule is None or type(run.rule) is OnlineScale)
-        and can_run(run.plan, run.schedule.solver)
-    )
+    if pipe._core2_fused is None:
+        return False
+    reason = _obstacle(pipe, run)
+    if reason is not None:
+        _tell_once(f"core2_compile has no effect on steps: {reason}")
+    return reason is None
+
+
+def _obstacle(pipe: Any, run: Run) -> str | None:
+    if pipe._core2_observer is not None:
+        return "each step is watched"
+    if run.call.callback_on_step_end is not None:
+        return "a callback may edit tensors between them"
+    if run.adjust is not None:
+        return "guidance_rescale changes what they predict"
+    if run.rule is not None and type(run.rule) is not OnlineScale:
+        return f"the scale rule {type(run.rule).__name__} may do anything"
+    if not can_run(run.plan, run.schedule.solver):
+        return "the scheduler, or zigzag steps under it, have no table of coefficients"
+    return None
+
+
+_tell_once: Callable[[str], None] = cache(logger.warning)
 
 
 def solve_fused(

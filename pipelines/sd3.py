@@ -36,6 +36,7 @@ from core2_sampler.pipelines.calls import (
     wants_uncond,
 )
 from core2_sampler.pipelines.loop import Run, check_head, check_rule
+from core2_sampler.pipelines.negatives import encode_sides
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
 from core2_sampler.plan import Core2Config, Plan, resolve_config
@@ -240,12 +241,17 @@ class CoRe2StableDiffusion3Pipeline(CoRe2Mixin, StableDiffusion3Pipeline):
         """Return the embeddings in the stock layout, by the names that callbacks know."""
         paired = wants_uncond(self, call, plan, _NEGATIVES)
         scale = (call.joint_attention_kwargs or {}).get("scale")
-        embeds, negative, pooled, negative_pooled = self.encode_prompt(
-            **{name: getattr(call, name) for name in _ENCODED},
-            do_classifier_free_guidance=paired,
-            device=self._execution_device,
-            lora_scale=scale,
-        )
+
+        def encode(both: bool) -> tuple[Tensor, ...]:
+            return self.encode_prompt(
+                **{name: getattr(call, name) for name in _ENCODED},
+                do_classifier_free_guidance=both,
+                device=self._execution_device,
+                lora_scale=scale,
+            )
+
+        kept = self._core2_negatives
+        embeds, negative, pooled, negative_pooled = encode_sides(kept, self, call, encode, paired)
         check_rows(embeds, call.batch)
         if paired:
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])

@@ -26,6 +26,7 @@ from core2_sampler.pipelines.adapters.discrete import eps_from_v, v_from_eps
 from core2_sampler.pipelines.adapters.sdxl import SDXLDenoiser, SDXLFamily
 from core2_sampler.pipelines.calls import make_run_plan, split_rows, wants_uncond
 from core2_sampler.pipelines.loop import Run, check_head, check_rule
+from core2_sampler.pipelines.negatives import encode_sides
 from core2_sampler.pipelines.sdxl_call import ENCODED, GRID, HANDLED, NEGATIVES, check_call
 from core2_sampler.pipelines.stock import CoRe2Mixin, bind, with_core2
 from core2_sampler.pipelines.zigzag import check_zigzag
@@ -205,12 +206,17 @@ class CoRe2StableDiffusionXLPipeline(CoRe2Mixin, StableDiffusionXLPipeline):
     def _encode(self, call: SimpleNamespace, plan: Plan) -> dict[str, Tensor]:
         """Return the embeddings in the stock layout, by the names that callbacks know."""
         paired = call.guided and wants_uncond(self, call, plan, NEGATIVES)
-        embeds, negative, pooled, negative_pooled = self.encode_prompt(
-            **{name: getattr(call, name) for name in ENCODED},
-            do_classifier_free_guidance=paired,
-            device=self._execution_device,
-            lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
-        )
+
+        def encode(both: bool) -> tuple[Tensor, ...]:
+            return self.encode_prompt(
+                **{name: getattr(call, name) for name in ENCODED},
+                do_classifier_free_guidance=both,
+                device=self._execution_device,
+                lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
+            )
+
+        kept = self._core2_negatives
+        embeds, negative, pooled, negative_pooled = encode_sides(kept, self, call, encode, paired)
         time_ids, negative_time_ids = self._time_ids(call, embeds.dtype, pooled.shape[-1])
         if paired:
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])

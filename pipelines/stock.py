@@ -14,14 +14,23 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from core2_sampler.atomic import write_atomic
-from core2_sampler.fused.compiling import How, check_how, compile_network, set_attention
+from core2_sampler.fused.compiling import (
+    How,
+    check_how,
+    compile_network,
+    set_attention,
+    with_kernel,
+)
+from core2_sampler.fused.float8 import check_float8, convert_to_float8
 from core2_sampler.fused.graphs import Graphs
 from core2_sampler.fused.modulation import check_modulated
 from core2_sampler.fused.sampler import FusedSampler
 from core2_sampler.pipelines.adapters.base import Family, check_no_lone_cache
 from core2_sampler.pipelines.loop import Observer, run_loop
+from core2_sampler.pipelines.negatives import Negatives
 from core2_sampler.plan import Core2Config, Plan
 from core2_sampler.types import Conditioning, Denoiser
 
@@ -142,6 +151,8 @@ class CoRe2Mixin:
     _core2_observer: Observer | None = None
     _core2_fused: FusedSampler | None = None
     _core2_vae_bf16 = False
+    _core2_negatives: Negatives | None = None
+    _core2_kernel: SDPBackend | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a family's class known to diffusers; a class derived from one is not asked for."""
@@ -170,6 +181,9 @@ class CoRe2Mixin:
         tables: bool = False,
         attention: str | None = None,
         vae_bf16: bool = False,
+        keep_negative: bool = False,
+        fp8: bool = False,
+        split_pairs: bool = False,
     ) -> None:
         """Run calls with `core2` by hot steps from now on, the latents in float32 between them.
 
@@ -183,14 +197,23 @@ class CoRe2Mixin:
             tables: also compute the AdaLN modulation of all steps before the first one (SD3.5,
                 FLUX); it takes memory for 64 steps at least, see
                 `core2_sampler.fused.modulation`.
-            attention: also switch the denoiser's attention to a backend of diffusers (FLUX), for
-                all calls, until ``reset_attention_backend()``; None leaves it.
+            attention: also switch the denoiser's attention to a backend, by diffusers' names: on
+                FLUX for all calls, until ``reset_attention_backend()``; on SD3 and SDXL, whose
+                attention calls torch itself, to one of torch's kernels in calls with `core2`, and
+                to plain products where that kernel cannot compute; None leaves it.
             vae_bf16: also decode in bfloat16 where a VAE in float16 is decoded in float32 (SDXL);
                 its convolutions then round to 8 significant bits.
+            keep_negative: also keep the negative prompt's embeddings, and encode it anew only
+                where something that they depend on has changed; in every call where a text encoder
+                carries adapters or hooks.
+            fp8: also convert the linear layers that see tokens to float8, in place, for all calls
+                and for good, on a GPU that multiplies in it and with torchao; the images change.
+            split_pairs: also run a pair as two passes of B rows, so that all kinds of step share
+                one compiled shape; not under a cache of diffusers.
 
         Raises:
             ValueError: unknown `compile` or `attention`, or the denoiser cannot have `tables` or
-                does not ask for a backend, or no VAE of the family is decoded in float32.
+                `fp8` or that backend, or no VAE of the family is decoded in float32.
         """
         pipe: Any = self
         denoiser = self.family.denoiser(self)
@@ -203,15 +226,20 @@ class CoRe2Mixin:
             check_how(compile)
         if tables:
             check_modulated(denoiser)
-        if attention is not None:
-            set_attention(denoiser.module, attention)
+        if fp8:
+            check_float8(denoiser.module)
+        kernel = None if attention is None else set_attention(denoiser.module, attention)
+        if fp8:
+            convert_to_float8(denoiser.module)
         if compile is not None:
             compile_network(denoiser.module, compile)
             head = pipe.weak_head
             if head is not None and not head.in_model and head.static_state:
                 head.compile(fullgraph=True)
-        self._core2_fused = FusedSampler(Graphs() if graphs else None, tables)
+        self._core2_fused = FusedSampler(Graphs() if graphs else None, tables, split_pairs)
         self._core2_vae_bf16 = vae_bf16
+        self._core2_kernel = kernel
+        self._core2_negatives = Negatives() if keep_negative else None
 
     def _forget(self) -> None:
         """Forget what is told of the latest call."""
@@ -225,7 +253,8 @@ class CoRe2Mixin:
         self._core2_plan = run.plan
         if run.plan.needs_head and pipe.weak_head.needs_negative == "empty":
             run.empty = self._encode_empty(call)
-        latents = run_loop(self, run, self._denoiser())
+        with with_kernel(self._core2_kernel):
+            latents = run_loop(self, run, self._denoiser())
         self._core2_schedule = None if run.rule is None else run.rule.schedule
         image = latents if call.output_type == "latent" else pipe._decode(latents, call.output_type)
         pipe.maybe_free_model_hooks()

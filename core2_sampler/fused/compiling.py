@@ -5,9 +5,11 @@ The module and its class stay what they are.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core2_sampler.registry import unknown_name
 
@@ -44,27 +46,55 @@ def compile_network(module: nn.Module, how: How, **options: Any) -> None:
         module.compile(**options)
         return
     network = cast(Any, module)
-    if name in _BLOCKS and not network._repeated_blocks:
-        network._repeated_blocks = _BLOCKS[name]  # of this instance
+    network._repeated_blocks = repeated_blocks(module)  # of this instance
     network.compile_repeated_blocks(**options)
 
 
-def set_attention(module: nn.Module, backend: str) -> None:
-    """Switch a diffusers network to an attention backend, by diffusers' own switch.
+def repeated_blocks(module: nn.Module) -> list[str]:
+    """Return the classes of a diffusers network's repeated blocks.
+
+    Args:
+        module: the network.
+    """
+    named: Any = getattr(module, "_repeated_blocks", None)
+    return list(named or _BLOCKS.get(type(module).__name__, ()))
+
+
+_KERNELS = {
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
+"""torch's own kernels by diffusers' names."""
+
+
+def set_attention(module: nn.Module, backend: str) -> SDPBackend | None:
+    """Switch a diffusers network to an attention backend, by diffusers' own switch if it asks it.
 
     Args:
         module: the network.
         backend: one of ``diffusers.models.attention_dispatch.AttentionBackendName``.
 
+    Returns:
+        None where the switch is all; for a network whose attention calls torch itself, what is to
+        be chosen around each call, see `with_kernel`.
+
     Raises:
-        ValueError: unknown backend, or a network whose attention does not ask which one is set:
-            the switch would do nothing.
+        ValueError: unknown backend, or for such a network one that is not torch's.
     """
     processors = [getattr(part, "processor", None) for part in module.modules()]
-    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+    if any(hasattr(processor, "_attention_backend") for processor in processors):
+        cast(Any, module).set_attention_backend(backend)
+        return None
+    if backend not in _KERNELS:
         raise ValueError(
-            "attention must be None for a network whose attention calls torch itself, got "
-            f"{backend!r} for {type(module).__name__}: choose torch's kernel around the call, with "
-            "torch.nn.attention.sdpa_kernel(...)"
+            f"attention must be one of {', '.join(_KERNELS)} for a network whose attention calls "
+            f"torch itself, got {backend!r} for {type(module).__name__}"
         )
-    cast(Any, module).set_attention_backend(backend)
+    return _KERNELS[backend]
+
+
+def with_kernel(kernel: SDPBackend | None) -> AbstractContextManager[None]:
+    """Let torch's attention use a kernel, and plain products where that cannot; None leaves it."""
+    return nullcontext() if kernel is None else sdpa_kernel([kernel, SDPBackend.MATH])

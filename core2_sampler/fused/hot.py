@@ -79,6 +79,7 @@ class Hot:
         observes: whether the head wants to see the gaps of pairs.
         online: the scale rule's buffers; None without one.
         modulation: the network's AdaLN tables; None without them.
+        split: whether pairs are two passes of B rows, as all other passes are.
         scale: guidance scale of the next step, for an in-model head alone: all others take theirs
             from the table.
         keeps: whether the next step keeps the gap of its pair.
@@ -92,6 +93,7 @@ class Hot:
     observes: bool = True
     online: Online | None = None
     modulation: Modulation | None = None
+    split: bool = False
     scale: float = 1.0
     keeps: bool = False
     _features: Callable[[], Tensor] | None = field(default=None, init=False)
@@ -139,8 +141,11 @@ class Hot:
         return self._pass(self.prompts.uncond, 0)
 
     def pair(self) -> Tensor:
-        """Return [uncond; cond] of one batched pass, [2B, C, H, W]."""
-        pair = self._pass(self.prompts.both, 0)
+        """Return [uncond; cond] of one batched pass, or of two if they are split, [2B, C, H, W]."""
+        if self.split:  # cond last: a head reads features of the latest pass
+            pair = torch.cat([self.other(), self.one()])
+        else:
+            pair = self._pass(self.prompts.both, 0)
         if self.keeps:
             uncond, cond = pair.chunk(2)
             torch.sub(wide(cond), wide(uncond), out=self.state.gap)

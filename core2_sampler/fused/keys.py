@@ -53,14 +53,27 @@ def obstacle(
         return "autocast frees its copies of the weights after the call"
     if getattr(denoiser.module, "_cache_config", None) is not None:
         return "the denoiser has a cache between steps (call disable_cache())"
-    for part in denoiser.module.modules():
+    hook = hook_on(denoiser.module)
+    return None if hook is None else f"the denoiser {hook}"
+
+
+def carries_adapters(module: nn.Module) -> bool:
+    """Say whether layers of PEFT are in a network."""
+    return any("merged_adapters" in vars(part) for part in module.modules())
+
+
+def hook_on(module: nn.Module) -> str | None:
+    """Return what sits on a network beside its own layers; None if nothing does."""
+    for part in module.modules():
         known = vars(part)  # much faster than to ask a module for what it has not
         if "_hf_hook" in known:
-            return "the denoiser is offloaded or sharded by accelerate"
+            return "is offloaded or sharded by accelerate"
         if getattr(known.get("_diffusers_hook"), "hooks", None):
-            return "the denoiser has hooks of diffusers (offload, cache or casts)"
-        if known["_forward_hooks"] or known["_forward_pre_hooks"]:
-            return "the denoiser has forward hooks, which a replay does not run"
+            return "has hooks of diffusers (offload, cache or casts)"
+        hooks = (*known["_forward_hooks"].values(), *known["_forward_pre_hooks"].values())
+        # Those of transformers stay after the first call that asked for hidden states.
+        if not all(getattr(each, "__module__", "").startswith("transformers.") for each in hooks):
+            return "has forward hooks"
     return None
 
 
@@ -99,7 +112,7 @@ def shape_key(
         is_multistep(solver),
         input_dtype,
         None if rule is None else _picker(rule),
-        _kernels(),
+        kernels(),
     )
 
 
@@ -153,7 +166,7 @@ def _held(value: Any) -> Hashable:
     return str(layout), tuple(_held(leaf) for leaf in leaves)
 
 
-def _kernels() -> Hashable:
+def kernels() -> Hashable:
     """Return the settings of torch by which it picks kernels."""
     cuda = torch.backends.cuda
     return (

@@ -24,7 +24,7 @@ from core2_sampler.types import Conditioning, Denoiser
 
 logger = logging.getLogger(__name__)
 
-_NORMS = (
+NORMS = (
     "AdaLayerNormZero",
     "AdaLayerNormZeroSingle",
     "AdaLayerNormContinuous",
@@ -103,7 +103,7 @@ class Modulation:
         if _is_watched(getattr(denoiser.module, "time_text_embed", None)):
             _tell_once("AdaLN tables are left out: an adapter or a hook sits on the embedding")
             return None
-        found = [part for part in denoiser.module.modules() if type(part).__name__ in _NORMS]
+        found = [part for part in denoiser.module.modules() if type(part).__name__ in NORMS]
         norms = tuple(part for part in found if _is_plain(cast(Any, part).linear, state.x.device))
         if len(norms) < len(found):
             _tell_once(

@@ -42,6 +42,7 @@ def make_hot(
     observes: bool = True,
     rule: OnlineScale | None = None,
     tables: bool = False,
+    split_pairs: bool = False,
 ) -> Hot:
     """Allocate the buffers of a shape.
 
@@ -58,6 +59,8 @@ def make_hot(
         observes: whether the head wants to see the gaps of pairs.
         rule: picks the guidance scale of each sample, in the steps that ask.
         tables: whether to look the network's modulation up, see `core2_sampler.fused.modulation`.
+        split_pairs: whether pairs are two passes of B rows; not under a cache between steps, which
+            knows passes by their rows.
     """
     state = State.allocate(
         x,
@@ -80,6 +83,7 @@ def make_hot(
         observes,
         online=None if rule is None else Online.allocate(rule, state),
         modulation=modulation,
+        split=split_pairs and getattr(denoiser.module, "_cache_config", None) is None,
     )
 
 

@@ -47,11 +47,15 @@ class FusedSampler:
     Args:
         graphs: where CUDA graphs are kept; None runs the steps one by one.
         tables: whether to look the network's modulation up, see `core2_sampler.fused.modulation`.
+        split_pairs: see `core2_sampler.fused.run.make_hot`.
     """
 
-    def __init__(self, graphs: Graphs | None = None, tables: bool = False) -> None:
+    def __init__(
+        self, graphs: Graphs | None = None, tables: bool = False, split_pairs: bool = False
+    ) -> None:
         self.graphs = graphs
         self.tables = tables
+        self.split_pairs = split_pairs
 
     @torch.no_grad()
     def __call__(
@@ -102,6 +106,7 @@ class FusedSampler:
                 observes=model.observes,
                 rule=model.rule,
                 tables=self.tables,
+                split_pairs=self.split_pairs,
             )
 
         graphs = self.graphs

@@ -177,7 +177,8 @@ def check_compiles_once(hot, x, plan):
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_compiled_network_is_compiled_once_a_batch_size():
+@pytest.mark.parametrize(("split", "count"), [(False, 2), (True, 1)])
+def test_a_compiled_network_is_compiled_once_a_batch_size(split, count):
     """FLUX's cache context keeps a whole step from being one graph; its network is one."""
     pipe = tiny_flux_pipeline()
     denoiser = pipe.family.denoiser(pipe)
@@ -186,7 +187,7 @@ def test_a_compiled_network_is_compiled_once_a_batch_size():
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     kinds = ("cfg", "slow", "cond", "fast", "slow", "fast")
     plan = Plan(tuple(Step(kind, 4.0, 1.5) for kind in kinds))
-    hot = make_hot(denoiser, head, x, N, *prompts, observes=False)
+    hot = make_hot(denoiser, head, x, N, *prompts, observes=False, split_pairs=split)
     torch._dynamo.reset()
     counter = CompileCounter()
     with hot.hooked():
@@ -194,7 +195,7 @@ def test_a_compiled_network_is_compiled_once_a_batch_size():
         denoiser.module.compile(backend=counter, fullgraph=True, dynamic=False)
         for _ in range(2):
             ours = sample_fused(hot, x, flow_sigmas(N), plan)
-    assert counter.frame_count == 2  # B rows and 2B rows
+    assert counter.frame_count == count  # B rows and 2B rows
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -323,6 +324,20 @@ def test_the_attention_backend_is_diffusers_own_switch():
 
 
 @pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_sdxl_pipeline])
-def test_a_switch_that_would_do_nothing_is_refused(build):
-    with pytest.raises(ValueError, match=r"calls torch itself, got '_native_cudnn' for"):
-        build().core2_compile(compile=None, attention="_native_cudnn")
+def test_attention_that_calls_torch_gets_torchs_kernel_for_the_run(build):
+    pipe = build()
+    with pytest.raises(ValueError, match=r"one of _native_cudnn, .* got 'sage' for"):
+        pipe.core2_compile(compile=None, attention="sage")
+    prompt = pipe.family.encode(pipe, ["a b"])[0]
+    options = {"prompt_embeds": prompt.prompt_embeds, "pooled_prompt_embeds": prompt.pooled}
+    options |= {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    runs, before = [], torch.backends.cuda.flash_sdp_enabled()
+    for attention in (None, "_native_math"):
+        pipe.core2_compile(compile=None, attention=attention)
+        generator = torch.Generator().manual_seed(0)
+        with Watch() as watch:
+            out = pipe(core2="fast", guidance_scale=1.0, generator=generator, **options)
+        runs.append(out.images)
+        assert any("flash_attention" in name for name in watch.names) == (attention is None)
+    torch.testing.assert_close(*runs)
+    assert torch.backends.cuda.flash_sdp_enabled() == before

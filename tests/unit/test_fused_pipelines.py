@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
+from core2_sampler.pipelines import fused_run
 from core2_sampler.plan import Core2Config
 from core2_sampler.scales import CallableScale, OnlineScale
 from core2_sampler.testing import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
@@ -93,6 +97,32 @@ def test_a_head_that_keeps_state_is_not_compiled(name, compiled):
     assert (head._compiled_call_impl is not None) == compiled
 
 
+@pytest.mark.parametrize("name", ["tap", "adapter"])
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline, tiny_sdxl_pipeline])
+def test_split_pairs_are_the_pairs_and_every_pass_has_b_rows(build, name):
+    pipe = with_head(build(), name)
+    config = Core2Config(mode="core", slow_steps=2, w2s_scale=1.5)
+    expected, rows = call(pipe, core2=config), []
+    network = pipe.family.denoiser(pipe).module
+    network.register_forward_hook(lambda _part, _args, out: rows.append(len(out[0])))
+    pipe.core2_compile(compile=None, tables=name == "tap" and build is not tiny_sdxl_pipeline)
+    call(pipe, core2=config)
+    pipe._core2_fused.split_pairs = True
+    before = len(rows)
+    torch.testing.assert_close(call(pipe, core2=config), expected, atol=1e-4, rtol=1e-4)
+    assert set(rows[:before]) == {1, 2} and set(rows[before:]) == {1}
+    assert sum(rows[before:]) == sum(rows[:before]) == pipe.core2_plan.nfe
+
+
+def test_a_cache_between_steps_keeps_pairs_whole():
+    pipe = tiny_flux_pipeline()
+    pipe.core2_compile(graphs=False, compile=None, split_pairs=True)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    ours = call(pipe, core2=Core2Config("cfg"))
+    pipe._core2_fused.split_pairs = False
+    assert torch.equal(ours, call(pipe, core2=Core2Config("cfg")))
+
+
 CONFIGS = {
     "zigzag": {"mode": "zigzag", "inversion_scale": 0.5},
     "zfast": {"mode": "zfast", "zig_steps": (1, 2)},
@@ -126,14 +156,22 @@ def times(pipe, config):
     return told, latents
 
 
-def test_zigzag_steps_as_released_run_as_before():
+def test_zigzag_steps_as_released_run_as_before_and_one_log_line_says_why(caplog):
+    fused_run._tell_once.cache_clear()
     pipe = tiny_sd3_pipeline()
     config = Core2Config(mode="zigzag", upstream=True)
     expected = call(pipe, core2=config)
     pipe.core2_compile(compile=None)
     runs = count_runs(pipe)
-    assert torch.equal(call(pipe, core2=config), expected)
+    with caplog.at_level(logging.WARNING, logger=fused_run.__name__):
+        for _ in range(2):
+            assert torch.equal(call(pipe, core2=config), expected)
     assert not runs
+    told = [record.getMessage() for record in caplog.records if record.name == fused_run.__name__]
+    assert len(told) == 1 and "no table of coefficients" in told[0]
+    with caplog.at_level(logging.WARNING, logger=fused_run.__name__):
+        call(pipe, core2="fast", guidance_scale=1.0, callback_on_step_end=lambda *_: {})
+    assert "a callback may edit tensors" in caplog.text
 
 
 class Size:

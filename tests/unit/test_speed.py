@@ -6,25 +6,49 @@ Truth: `Plan.nfe`, `benchmarks.full_size` for FLOPs, numpy for quantiles.
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
+import subprocess
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from core2_sampler.benchmarks import speed_arms, speed_models
 from core2_sampler.benchmarks.full_size import denoiser_cost
-from core2_sampler.benchmarks.speed import ARM_NAMES, SpeedConfig, bench_speed, open_bench
+from core2_sampler.benchmarks.speed import (
+    ARM_NAMES,
+    STACKS,
+    SpeedConfig,
+    bench_speed,
+    check_config,
+    choose_stacks,
+    open_bench,
+)
 from core2_sampler.benchmarks.speed_arms import SPEED_ARMS, make_arms, time_stack
-from core2_sampler.benchmarks.speed_models import build_subject, check_output, count_flops, fill
-from core2_sampler.benchmarks.speed_report import CSV_COLUMNS, table
+from core2_sampler.benchmarks.speed_models import (
+    build_evaluator,
+    build_subject,
+    check_output,
+    count_flops,
+    fill,
+)
+from core2_sampler.benchmarks.speed_report import CSV_COLUMNS, SpeedRow, table
 from core2_sampler.benchmarks.speed_timing import LEAST_RUNS, interleave, summary
-from core2_sampler.config import ConfigError
-from core2_sampler.full_size import Call, FullSize
+from core2_sampler.config import ConfigError, load_config
+from core2_sampler.full_size import FULL_SIZE, Call, FullSize
+from core2_sampler.pipelines.stock import CoRe2Mixin
 from core2_sampler.registry import Registry
+from core2_sampler.scales import CANDIDATES
 
+ROOT = Path(__file__).parents[2]
+TEXT = {"capture_output": True, "text": True, "check": True}
 STEPS = 4
 NFE = {
     "cfg": 8,
@@ -36,8 +60,12 @@ NFE = {
     "fast-quarter": 5,
     "fast-half": 6,
     "slow": 8,
+    "zigzag": 17,  # the pair twice and uncond, 5(N - 1) + 2
+    "zcore": 17,  # the same with the head in place of uncond
+    "online": 8,
 }
-HEAD_CALLS = {"last-gap": 3, "fast": 4, "fast-quarter": 4, "fast-half": 4, "slow": 4}
+HEAD_CALLS = {"last-gap": 3, "fast": 4, "fast-quarter": 4, "fast-half": 4, "slow": 4, "zcore": 3}
+CALLS = {"cfg-half": 2, "zigzag": 10, "zcore": 10}
 
 
 def config(path, **options):
@@ -56,25 +84,60 @@ def test_the_command_counts_every_arm_and_ends_with_json(tmp_path, capsys):
         arm = row["arm"]
         assert row["nfe"] == NFE[arm], arm
         assert row["head_calls"] == HEAD_CALLS.get(arm, 0), arm
-        assert row["denoiser_calls"] == row["steps"] == (2 if arm == "cfg-half" else STEPS)
+        assert row["denoiser_calls"] == CALLS.get(arm, STEPS)
+        assert row["steps"] == (2 if arm == "cfg-half" else STEPS)
         assert row["off_first"] == 0
+        assert row["loop_share"] is None and row["first_run_peak"] is None
         assert not row["captured"]
         assert row["device"] is None
         assert row["peak_allocated"] is None
-        assert set(row["components"]) == {"denoiser", "update"} | (
-            {"head"} if arm in HEAD_CALLS else set()
+        steps = {name for name in row["components"] if name.endswith(" step")}
+        assert set(row["components"]) - steps == {"denoiser", "update"} | (
+            {"head"} if arm in HEAD_CALLS else {"evaluator"} if arm == "online" else set()
         )
+        assert sum(row["components"][name] for name in steps) > row["components"]["denoiser"]
         assert row["seconds"] == row["wall"]["median"] > 0
         assert row["tflops_a_second"] == row["flops"] / row["seconds"] / 1e12
     flops = {(row["batch_size"], row["arm"]): row["flops"] for row in rows}
     assert flops[1, "cfg"] == 2 * flops[1, "cond"] == 2 * flops[1, "cfg-half"]
     assert flops[1, "slow"] - flops[1, "cfg"] == flops[1, "fast"] - flops[1, "cond"] > 0
     assert flops[2, "slow"] == 2 * flops[1, "slow"]
+    assert flops[1, "zigzag"] == 17 * flops[1, "cond"] // STEPS
+    assert flops[1, "zcore"] - flops[1, "zigzag"] == 3 * (flops[1, "fast"] - flops[1, "cond"]) // 4
+    assert flops[1, "online"] - flops[1, "cfg"] == STEPS * flops_of_candidates()
     with (tmp_path / "speed.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == CSV_COLUMNS
     assert len(lines) == len(rows)
     assert lines[0]["scenario"] == "tiny-sd3-b1-cfg-4steps"
+
+
+def flops_of_candidates():
+    """What scoring all candidates of one step takes, counted on the CPU with gradients on."""
+    subject = build_subject("tiny-sd3", "cpu", torch.float32, 0)
+    evaluator, inputs = build_evaluator(subject), subject.inputs(len(CANDIDATES))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        evaluator(inputs.x.requires_grad_(), torch.full((len(CANDIDATES),), 0.5), inputs.cond)
+    return counter.get_total_flops()
+
+
+def test_the_steps_of_an_arm_are_timed_by_their_kind(tmp_path):
+    bench = open_bench(config(tmp_path))
+    kinds = {"zcore": ["cfg", "fast"], "zigzag": ["cfg", "uncond"], "fast-half": ["fast", "slow"]}
+    for arm in make_arms(bench, tuple(kinds), 1, None):
+        calls = arm.take_apart().calls
+        assert sorted(name for name in calls if "step" in name) == [
+            f"{kind} step" for kind in kinds[arm.name]
+        ]
+        assert sum(calls[f"{kind} step"] for kind in kinds[arm.name]) == calls["update"]
+
+
+def test_the_loop_share_is_what_no_network_takes():
+    times = {"median": 2.0}
+    parts = {"denoiser": 1.5, "head": 0.25, "evaluator": 0.125, "update": 0.1, "cfg step": 2.0}
+    blank = dict.fromkeys(field.name for field in fields(SpeedRow))
+    row = SpeedRow(**(blank | {"wall": times, "device": times, "components": parts}))
+    assert row.loop_share() == 0.0625
 
 
 def test_arms_are_those_of_the_options():
@@ -170,11 +233,11 @@ def test_networks_built_as_the_full_size_ones_answer_and_run(family, monkeypatch
     bench = open_bench(config(tmp_path, model="small", pixels=64, dtype="bf16"))
     d = bench.subject.inputs(2)
     assert d.x.shape == (2, 4, 8, 8)
-    for arm in make_arms(bench, ("cfg", "slow", "fast", "cfg-half"), 2, None):
+    for arm in make_arms(bench, ("cfg", "slow", "fast", "cfg-half", "zcore"), 2, None):
         arm.run()
         assert torch.isfinite(arm.final).all()
         assert arm.take_apart().rows["denoiser"] == 2 * NFE[arm.name]
-        assert bench.flops_of(arm.plan, arm.head) > 0
+        assert bench.flops_of(arm.moves, arm.head) > 0
     assert bench.subject.input_dtype == (torch.float32 if family == "sdxl" else torch.bfloat16)
 
 
@@ -194,8 +257,8 @@ def test_latents_that_differ_between_stacks_void_the_timing(tmp_path, monkeypatc
     def other_latents_first(bench, *args):
         (arm,) = make_arms(bench, ("cfg",), 1, None)
         arm.run()
-        assert arm.off(1) == 0
-        bench.finals[1, "cfg"] = 1.06 * arm.final
+        assert arm.off("eager", 1) == arm.off("compile+fp8", 1) == 0
+        bench.finals[False, 1, "cfg"] = 1.06 * arm.final
         return time_stack(bench, *args)
 
     monkeypatch.setattr(speed_arms, "time_stack", other_latents_first)
@@ -251,6 +314,7 @@ def test_the_summary_is_numpys():
         ({"arms": ("fast",)}, "arms must have cfg"),
         ({"stacks": ("compiled",)}, "unknown stack"),
         ({"stacks": ("compile+graphs",)}, "must run on a CUDA device"),
+        ({"stacks": ("compile+fp8",)}, "must run on a CUDA device"),
         ({"model": "tiny-sd"}, "unknown model"),
         ({"head": "adapter"}, "must read a finished pass"),
     ],
@@ -263,3 +327,37 @@ def test_options_that_cannot_run_are_refused(tmp_path, options, message):
 def test_the_results_are_a_json_file(tmp_path):
     with pytest.raises(ConfigError, match="ends in .json"):
         open_bench(replace(config(tmp_path), out=tmp_path / "speed.md"))
+
+
+@pytest.mark.checkout
+def test_the_parts_of_the_gpu_suite_are_runs_that_there_are():
+    script = (ROOT / "benchmarks" / "gpu_suite.sh").read_text()
+    names = dict(re.findall(r'^(\w+)="(\w+=[^"$]*)"$', script, re.M))
+    parts = re.findall(r'^  \[([\w-]+)\]="(.*)"$', script, re.M)
+    listed = subprocess.run(["bash", ROOT / "benchmarks" / "gpu_suite.sh"], **TEXT).stdout.split()
+    assert sorted(name for name, _ in parts) == sorted(listed)
+    arms, stacks = set(), set()
+    for name, text in parts:
+        if text.startswith("tests/"):
+            assert all((ROOT / file).is_file() for file in text.split()), name
+            continue
+        words = re.sub(r"\$(\w+)", lambda match: names[match[1]], text).split()
+        options = load_config(SpeedConfig, overrides=words)
+        check_config(options)
+        assert options.model in FULL_SIZE.names(), name
+        stacks.update(choose_stacks(options, cuda=True))
+        arms.update(options.arms)
+    assert arms == set(ARM_NAMES)
+    assert stacks == set(STACKS) - {"graphs", "compile+fp8"}
+
+
+@pytest.mark.checkout
+def test_the_speed_page_names_every_option():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    defaults = inspect.signature(CoRe2Mixin.core2_compile).parameters
+    told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, re.M))
+    assert told == {
+        name: str(value.default).replace("regional", '"regional"')
+        for name, value in defaults.items()
+        if name != "self"
+    }

@@ -125,7 +125,7 @@ def attach(
     scale_name = scale_argument(pipe)
     config = resolve_config(core2)
     check_config(config, networks[0].family)
-    check_rule(config, networks[0])
+    check_rule(config, networks[0], pipe.scheduler)
     for network in networks:
         check_no_faster_cache(network.module)
     found = find_head(head, networks[0])

@@ -13,9 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.measure import Measure
 from core2_sampler.attachment.networks import Network
 from core2_sampler.guidance import weak, weak_to_strong
 from core2_sampler.plan import Core2Config
@@ -85,6 +87,7 @@ class Answers:
         own_scales: whether a step's scale is that of the plan, not the loop's.
         rule: picks the scale of each sample, unless the loop's is no longer the plan's.
         watch: sees the steps that run both prompts.
+        measure: how the rule sees a step.
         levels: noise levels of the run, [N + 1].
         step: of the plan.
         i: its number.
@@ -99,6 +102,7 @@ class Answers:
     own_scales: bool
     rule: SampleRule | None = None
     watch: Watch | None = None
+    measure: Measure | None = None
     levels: Sequence[float] = ()
     step: Step = Step("cond")
     i: int = 0
@@ -183,9 +187,12 @@ class Answers:
             seen = Seen(self.i, self.levels, network, first.call, first.cond, true, first.features)
             self.watch(seen)
         share = self._share(network, first, gap)
-        if self.step.kind == "cfg" and isinstance(share, float) and share == 1:
-            return uncond
-        return _told(first.cond, gap, share)
+        if self.step.kind != "cfg":
+            return _told(first.cond, gap, share)
+        if isinstance(share, Tensor):  # at the loop's own scale the true uncond, bit for bit
+            told = _told(first.cond, gap, share)
+            return torch.where(_rows(share == 1, told), uncond, told)
+        return uncond if share == 1 else _told(first.cond, gap, share)
 
     def _gap(self, network: Network, first: _PromptPass) -> Tensor:
         head = cast(WeakHead, self.head)
@@ -220,16 +227,18 @@ class Answers:
         """Return by how much to stretch a gap, so that the loop's scale acts as the step's."""
         now = self.scale(network)
         if self.rule is not None and self.asks and now == self.step.guidance_scale:
-            return (self.rule(self._pair(network, first, gap)) - 1) / (now - 1)  # [B]
+            picked = self.rule(self._pair(network, first, gap))  # [B]
+            return torch.where(picked == now, 1.0, (picked - 1) / (now - 1))
         return (self.step.guidance_scale - 1) / (now - 1) if self.own_scales else 1.0
 
     def _pair(self, network: Network, first: _PromptPass, gap: Tensor) -> Pair:
         """Return the step as a rule sees it."""
-        shown = network.show(first.cond, first.call, self.sigma)
-        ours = network.true_gap(gap, first.call, self.sigma)
+        measure = cast(Measure, self.measure)
+        shown = measure.show(first.cond, first.call, self.sigma)
+        ours = measure.gap(gap, first.call, self.sigma)
 
         def guided(scale: float | Tensor) -> Tensor:
-            return weak(wide(shown.cond), ours, scale).to(shown.cond.dtype)
+            return measure.finish(weak(wide(shown.cond), ours, scale), shown.cond)
 
         here, ahead = self.levels[self.i : self.i + 2]
         return Pair(self.i, shown.x, shown.cond, ours, here, ahead, shown.prompt, guided)
@@ -238,8 +247,13 @@ class Answers:
 def _told(cond: Tensor, gap: Tensor, share: float | Tensor) -> Tensor:
     """Return ``cond - share * gap``, with one share for all samples or one for each, [B]."""
     if isinstance(share, Tensor):
-        gap, share = wide(gap) * share.view(-1, *[1] * (gap.ndim - 1)), 1.0
+        gap, share = wide(gap) * _rows(share, gap), 1.0
     return weak(cond, gap, 1 - share)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value for each sample, [B], as [B, 1, ...] with the dimensions of another."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def has_own_scales(config: Core2Config) -> bool:

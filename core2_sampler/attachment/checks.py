@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from core2_sampler.attachment.answers import has_own_scales
+from core2_sampler.attachment.measure import measure_of
 from core2_sampler.attachment.networks import Network
 from core2_sampler.plan import Core2Config
 from core2_sampler.weak_heads import HEADS, load_head
@@ -59,19 +60,16 @@ def check_config(config: Core2Config, family: str | None = None) -> None:
         )
 
 
-def check_rule(config: Core2Config, network: Network) -> None:
+def check_rule(config: Core2Config, network: Network, scheduler: Any) -> None:
     """Raise ValueError for a scale rule that sees the latents where nobody knows their measure.
 
     Args:
         config: how to spend the passes.
         network: the pipeline's.
+        scheduler: the pipeline's.
     """
-    if config.sample_rule is not None and network.denoiser is None:
-        raise ValueError(
-            "a scale rule that sees the latents must see them as dx/dsigma = d, so that it can "
-            f"look ahead, which is known for {', '.join(_OWN_PIPELINES)}, got {network.family}: "
-            "use a rule of the step, such as cosine:9,1"
-        )
+    if config.sample_rule is not None:
+        measure_of(network, scheduler)
 
 
 def is_placed(config: Core2Config) -> bool:

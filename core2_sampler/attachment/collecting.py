@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from core2_sampler.attachment import attached
@@ -76,8 +77,9 @@ def collect_stock(
 
     Raises:
         ValueError: as `core2_sampler.attach` and `core2_sampler.collect.collect`; the pipeline has
-            two networks or tells each token a timestep, prompts have other numbers of tokens, or a
-            scale or an argument is not as said above.
+            two networks or tells each token a timestep, prompts have other numbers of tokens, the
+            store has prompts without a mask that the network is told, or a scale or an argument is
+            not as said above.
     """
     networks = find_networks(pipe)
     if len(networks) > 1:
@@ -93,6 +95,7 @@ def collect_stock(
         )
     first = _first_pass(pipe, arguments, make_units(jobs[:1], config)[0], policy)
     timesteps(first.call, 1)  # refuses what no row could hold before the round is pinned
+    _check_masks(store, first.call)
     facts = {
         "sigmas": list(first.levels),
         "policy": driver(policy),
@@ -113,18 +116,24 @@ def collect_stock(
     return fill_store(run, jobs, store, config, about=facts, **sharing)
 
 
-def replay(pipe: Any, arguments: Arguments, record: Record) -> Replay:
+def replay(
+    pipe: Any, arguments: Arguments, record: Record, store: TrajectoryStore | None = None
+) -> Replay:
     """Return the network of a stock pipeline as it is called there, to train a head in.
 
     Args:
         pipe: the pipeline, of one network.
         arguments: of its call, as they were given to `collect_stock`.
         record: any that was collected; the loop makes its first step.
+        store: that it is from, to check that it has what the network is told of a prompt.
 
     Raises:
-        ValueError: the network's passes cannot be made again.
+        ValueError: the network's passes cannot be made again, or the store has prompts without
+            the mask that the network is told.
     """
     first = _first_pass(pipe, arguments, [record], None)
+    if store is not None:
+        _check_masks(store, first.call)
     return Replay(first.network, first.call)
 
 
@@ -230,6 +239,21 @@ def _tokens(encoding: dict[str, Tensor]) -> dict[str, Tensor]:
         return encoding
     told = {name: encoding[name][mask] for name in ("prompt_embeds", EXTRA + TOKEN_MASK)}
     return {**encoding, **told}
+
+
+def _check_masks(store: TrajectoryStore, call: Call) -> None:
+    """Raise ValueError for stored prompts without the mask of tokens that a network is told."""
+    if TOKEN_MASK not in call.kwargs:
+        return
+    for name in sorted({record.prompt_file for record in store.records().values()}):
+        path = store.root / "prompts" / name
+        with safe_open(path, framework="pt") as file:
+            if EXTRA + TOKEN_MASK not in file.keys():  # noqa: SIM118
+                raise ValueError(
+                    f"a store must tell which tokens are a prompt's, got {path} without a mask, of "
+                    "an older version, which stored what fills a prompt up as well: collect into "
+                    "another folder"
+                )
 
 
 def _check_tokens(call: Call, first: Call) -> None:

@@ -23,6 +23,9 @@ class Layout:
         prompt_first: where both prompts share a batch, whether the prompt's rows come first.
         scale_offset: what to add to the pipeline's guidance scale to get ours.
         reads_cond: whether the loop goes on to use cond itself, as to normalise what is guided.
+        to_data: whether it predicts the velocity towards the data, which the loop turns round.
+        norm_dim: dimension of [B, C, H, W], or of tokens as [B, C, tokens, 1], along which the loop
+            gives what is guided the norm of cond, unless its call turns that off.
     """
 
     tokens: bool = False
@@ -30,6 +33,8 @@ class Layout:
     prompt_first: bool = False
     scale_offset: float = 0.0
     reads_cond: bool = False
+    to_data: bool = False
+    norm_dim: int | None = None
 
 
 LAYOUTS = {
@@ -38,16 +43,16 @@ LAYOUTS = {
     "CogView4Transformer2DModel": Layout(),
     "FluxTransformer2DModel": Layout(tokens=True),
     "LTXVideoTransformer3DModel": Layout(tokens=True),
-    "Lumina2Transformer2DModel": Layout(reads_cond=True),
+    "Lumina2Transformer2DModel": Layout(reads_cond=True, to_data=True, norm_dim=3),
     "PixArtTransformer2DModel": Layout(),
-    "QwenImageTransformer2DModel": Layout(tokens=True, reads_cond=True),
+    "QwenImageTransformer2DModel": Layout(tokens=True, reads_cond=True, norm_dim=1),
     "SD3Transformer2DModel": Layout(),
     "SanaTransformer2DModel": Layout(),
     "UNet2DConditionModel": Layout(),
     "WanTransformer3DModel": Layout(),
     # cond + scale * (cond - uncond)
     "ZImageTransformer2DModel": Layout(
-        lists=True, prompt_first=True, scale_offset=1.0, reads_cond=True
+        lists=True, prompt_first=True, scale_offset=1.0, reads_cond=True, to_data=True
     ),
 }
 """The networks whose loops are known."""

@@ -199,9 +199,7 @@ class Network:
     def true_gap(self, gap: Tensor, call: Call, sigma: float) -> Tensor:
         """Return a gap of the network's predictions, [B, ...], as `WeakHead.observe` takes it."""
         ours = self._grid(gap, call)
-        if not self._is_v():
-            return ours
-        return eps_from_v(ours, torch.zeros_like(ours), torch.full_like(ours[:, :1, :1, :1], sigma))
+        return noise_gap(ours, sigma) if self._is_v() else ours
 
     def _is_v(self) -> bool:
         return isinstance(self.denoiser, SDXLDenoiser) and (
@@ -237,6 +235,11 @@ class Network:
             height, width = (2 * (int(side) + 1) for side in ids[:tokens, 1:].amax(0))
             self._size = (ids, tokens, (height, width))
         return self._size[1:]
+
+
+def noise_gap(gap: Tensor, sigma: float) -> Tensor:
+    """Return the gap in noise that one of v predictions means, [B, C, H, W]."""
+    return eps_from_v(gap, torch.zeros_like(gap), torch.full_like(gap[:, :1, :1, :1], sigma))
 
 
 def find_networks(pipe: Any) -> list[Network]:

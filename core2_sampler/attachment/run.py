@@ -24,6 +24,7 @@ from core2_sampler.attachment.clock import (
     predicts_noise,
 )
 from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.measure import check_pass, measure_of
 from core2_sampler.attachment.networks import Network
 from core2_sampler.pipelines.adapters.flux import check_cache
 from core2_sampler.pipelines.calls import count_images
@@ -182,6 +183,8 @@ class Run:
                 head.reset()
             head.begin(levels[:-1], None)
         if self._answers.rule is not None:
+            self._answers.measure = measure_of(network, scheduler, self.call)
+            check_pass(call)
             self._answers.rule.begin(network, levels)  # type: ignore[arg-type]  # as above
         self.plan = plan
 

@@ -213,7 +213,8 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
         from core2_sampler.attachment.networks import find_networks
         from core2_sampler.weak_heads import HEADS
 
-        records = TrajectoryStore(cast(Path, options.data)).records()
+        store = TrajectoryStore(cast(Path, options.data))
+        records = store.records()
         if not records:
             raise ConfigError(f"data must hold trajectories, got none in {options.data}")
         pipe = stock.load(device, "fp32")
@@ -221,7 +222,8 @@ def _prepare_stock(options: ReflectOptions, stock: StockModel) -> Prepare:
             check_kind(HEADS.get(options.head), find_networks(pipe)[0])
             weights = model_weights(stock.model, model_source(stock.model))
             check_weights(cast(Path, options.data), weights)
-            return {"denoiser": replay(pipe, stock.arguments(), next(iter(records.values())))}
+            first = next(iter(records.values()))
+            return {"denoiser": replay(pipe, stock.arguments(), first, store)}
 
     return prepare
 

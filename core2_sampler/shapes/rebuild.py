@@ -28,7 +28,7 @@ SCALES = (2.0, 3.0, 4.5, 7.0)
 """Guidance scales that an adapter's reference scale is chosen from."""
 
 _ENCODERS = {"vae": 8, "clip": 12, "t5": 6}
-_DENOISERS = {"sd3": (220, 25, 25), "sdxl": (48,), "flux": (48,)}
+_DENOISERS = {"sd3": (220, 25, 25), "sdxl": (48,), "flux": (108,)}
 """Minutes of each training; several go on from one another, and the model is their mean."""
 
 _BESIDE = ("vae", "text_encoder", "text_encoder_3")  # what a denoiser is trained with

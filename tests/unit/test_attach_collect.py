@@ -12,6 +12,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -370,6 +371,28 @@ def test_prompts_that_a_mask_tells_from_filling_may_differ_in_length(tmp_path):
     with torch.no_grad():
         again = replay(pipe, filled, record)(both.x, both.sigma, both.conditioning())
     close(again, both.cond, 1e-2)
+
+
+def test_a_store_without_the_mask_of_the_tokens_is_refused(tmp_path):
+    """As stores of Qwen-Image were before they kept it: one prompt of the two is made such."""
+    stock, store = STOCK["QwenImagePipeline"], TrajectoryStore(tmp_path)
+    pipe = built(stock.name)
+    run(stock, pipe, store, JOBS[:1])
+    record = next(iter(store.records().values()))
+    assert (
+        replay(pipe, arguments(stock), record, store).network.family
+        == "QwenImageTransformer2DModel"
+    )
+    path = tmp_path / "prompts" / record.prompt_file
+    tensors = load_file(path)
+    del tensors["extra.encoder_hidden_states_mask"]
+    save_file(tensors, path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="without a mask, of an older version"):
+        run(stock, pipe, store)
+    with pytest.raises(ValueError, match="collect into another folder"):
+        replay(pipe, arguments(stock), record, store)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def qwen_image(folder):

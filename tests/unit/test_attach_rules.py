@@ -1,15 +1,22 @@
-"""Scale rules that see the latents, on stock pipelines. Truth: our own loops, and stock calls."""
+"""Scale rules that see the latents, on stock pipelines.
+
+Truth: our own loops, stock calls, and the latents that a stock loop goes on to.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import diffusers
 import pytest
 import torch
 
 from core2_sampler import attach, attached, testing
+from core2_sampler.attachment.layouts import Call
+from core2_sampler.attachment.measure import check_pass
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.plan import Core2Config
-from core2_sampler.scales import CallableScale, OnlineScale
+from core2_sampler.scales import CallableScale, OnlineScale, next_latents
 from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.controls import AffineHead
@@ -91,8 +98,12 @@ def test_a_rule_picks_what_it_picks_in_our_own_pipeline(pair, kind):
     assert len(picks) == 12 and len(set(picks)) > 1
 
 
-@pytest.mark.parametrize("task", ["Img2Img", "Inpaint", "ControlNet"])
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+TASKS = ["Img2Img", "Inpaint", "ControlNet"]
+OF_TASKS = ["sdxl", "flux"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", OF_TASKS)
 def test_each_image_of_other_tasks_is_that_of_the_stock_call_at_its_scale(family, task):
     stock = STOCK[f"{NAMES[family]}{task}Pipeline"]
     pipe, seen = stock.pipe(), []
@@ -132,11 +143,148 @@ def test_a_head_inside_the_denoiser_leaves_its_slow_steps_to_the_rule():
         assert pipe.core2_schedule[[0, 2]].isnan().all()
 
 
+class Nearness:
+    """Minus the distance to where each step shall lead."""
+
+    def __init__(self, targets):
+        self.targets = iter(targets)
+
+    def check_family(self, family):
+        pass
+
+    def check_latents(self, channels):
+        pass
+
+    def __call__(self, x, sigma, conditioning):
+        assert len(x) == len(conditioning.prompt_embeds) == len(conditioning.pooled)
+        target = next(self.targets)
+        return -(x - target.repeat(len(x) // len(target), 1, 1, 1)).flatten(1).abs().mean(1)
+
+
+RULED = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
+    "AuraFlowPipeline",
+    "CogView4Pipeline",
+    "Lumina2Pipeline",
+    "ChromaPipeline",
+    "QwenImagePipeline",
+    "WanPipeline",
+    "LTXPipeline",
+    "ZImagePipeline",
+    "ZImageImg2ImgPipeline",
+]
+SCHEDULERS = {
+    "v": diffusers.DDIMScheduler(
+        **testing.SDXL_SCHEDULER, clip_sample=False, prediction_type="v_prediction"
+    ),
+    "Euler": diffusers.EulerDiscreteScheduler(**testing.SDXL_SCHEDULER),
+}
+
+
+@functools.cache
+def measured(name, scheduler):
+    """Return a stock pipeline, and what lies between its guidance scale and ours."""
+    pipe = STOCK[name].pipe()
+    if scheduler is not None:
+        pipe.register_modules(scheduler=SCHEDULERS[scheduler])
+    return pipe, find_networks(pipe)[0].layout.scale_offset
+
+
+MEASURED = [(name, None) for name in RULED] + [("StableDiffusionPipeline", s) for s in SCHEDULERS]
+
+
+@pytest.mark.parametrize(("name", "scheduler"), MEASURED)
+def test_the_latents_move_as_a_rule_foresees(name, scheduler):
+    """An Euler step from what the rule saw is the stock loop's own first step, of first order."""
+    stock, (pipe, offset), pairs = STOCK[name], measured(name, scheduler), []
+    rule = CallableScale(lambda pair: pairs.append(pair) or torch.full((2,), 6.0))
+    with attached(pipe, core2=Core2Config(mode="cfg", scale_rule=rule)):
+        ours = stock.sample(pipe)
+    wanted = stock.sample(pipe, 6.0 - offset)
+    close(ours, wanted)
+    close(next_latents(pairs[0], 6.0), pairs[1].x)
+    assert float((next_latents(pairs[0], 4.0) - pairs[1].x).abs().max()) > 1e-3
+    targets = [next_latents(pair, 6.0) for pair in pairs]
+    online = OnlineScale({"near": Nearness(targets)}, (1.0, 4.0, 6.0, 9.0))
+    with attached(pipe, core2=Core2Config(mode="cfg", scale_rule=online)):
+        close(stock.sample(pipe), wanted)
+        assert pipe.core2_schedule.tolist() == [[6.0, 6.0]] * 3
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", *RULED])
+def test_a_rule_that_picks_the_scale_of_the_call_is_the_stock_call_bit_for_bit(name):
+    stock, (pipe, offset) = STOCK[name], measured(name, None)
+    rule = CallableScale(lambda pair: torch.full((2,), 4.3 + offset))
+    with attached(pipe, core2=Core2Config(mode="cfg", scale_rule=rule)):
+        ours = stock.sample(pipe, 4.3)
+        assert pipe.core2_schedule.isfinite().all()
+    assert torch.equal(ours, stock.sample(pipe, 4.3))
+
+
+@pytest.mark.parametrize("name", ["PixArtSigmaPipeline", "QwenImagePipeline", "ZImagePipeline"])
+def test_each_image_of_other_networks_is_that_of_the_stock_call_at_its_scale(name):
+    stock, (pipe, offset) = STOCK[name], measured(name, None)
+    rule = CallableScale(lambda pair: PICKED)
+    with attached(pipe, core2=Core2Config(mode="cfg", scale_rule=rule)):
+        ours = stock.sample(pipe)
+    for row, scale in enumerate(PICKED.tolist()):
+        close(ours[row], stock.sample(pipe, scale - offset)[row])
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "QwenImagePipeline", "ZImagePipeline"])
+def test_a_rule_sees_what_a_head_guides(name, kind):
+    """One scale that a rule picks is the same scale in the plan, and leads where it foresees."""
+    stock, (pipe, _), pairs = STOCK[name], measured(name, None), []
+    head = AffineHead.for_denoiser(find_networks(pipe)[0])
+    head.coefficients[..., 0], head.coefficients[..., 1] = 0.2, 0.1
+    rule = CallableScale(lambda pair: pairs.append(pair) or torch.full((2,), 6.0))
+    with attached(pipe, head=head, core2=Core2Config(scale_rule=rule, **KINDS[kind])):
+        ours = stock.sample(pipe)
+    known = Core2Config(guidance_scales=(6.0,) * 3, **KINDS[kind])
+    with attached(pipe, head=head, core2=known):
+        close(ours, stock.sample(pipe))
+    close(next_latents(pairs[0], 6.0), pairs[1].x)
+    assert float((next_latents(pairs[0], 4.0) - pairs[1].x).abs().max()) > 1e-3
+
+
+def test_lumina_2_is_foreseen_without_its_normalisation_too():
+    stock, (pipe, _), pairs = STOCK["Lumina2Pipeline"], measured("Lumina2Pipeline", None), []
+    rule = CallableScale(lambda pair: pairs.append(pair) or PICKED)
+    for wanted in (True, False):
+        pairs.clear()
+        with attached(pipe, core2=Core2Config(mode="cfg", scale_rule=rule)):
+            stock.sample(pipe, cfg_normalization=wanted)
+        close(next_latents(pairs[0], PICKED), pairs[1].x)
+
+
+def test_where_nobody_knows_the_measure_a_rule_is_refused():
+    rule = Core2Config(mode="cfg", scale_rule=CallableScale(lambda pair: PICKED))
+    stock = STOCK["PixArtSigmaPipeline"]
+    pipe = stock.pipe()
+    with attached(pipe, core2=rule):
+        pipe.scheduler = diffusers.DDIMScheduler(prediction_type="sample")
+        with pytest.raises(ValueError, match="got DDIMScheduler with sample: use a rule of the"):
+            stock.sample(pipe)
+    with pytest.raises(ValueError, match="as dx/dsigma = d"):
+        attach(pipe, core2=rule)
+    stock = STOCK["ZImagePipeline"]
+    pipe = stock.pipe()
+    with attached(pipe, core2=rule), pytest.raises(ValueError, match="cfg_normalization must be"):
+        stock.sample(pipe, cfg_normalization=True)
+    stock = STOCK["WanPipeline"]
+    pipe = diffusers.WanPipeline(**stock.parts(), expand_timesteps=True)
+    with attached(pipe, core2=rule), pytest.raises(ValueError, match="a timestep for each token"):
+        stock.sample(pipe)
+    with pytest.raises(ValueError, match="got 2 images for each sample"):
+        check_pass(Call((), {"timestep": torch.ones(1), "img_shapes": [[(1, 4, 4)] * 2]}))
+
+
 def test_what_cannot_follow_a_rule_is_refused():
     online = Core2Config(mode="cfg", scale_rule=OnlineScale({"small": Smallness()}))
-    wan = STOCK["WanPipeline"].pipe()
-    with pytest.raises(ValueError, match="known for sdxl, sd3, flux, got WanTransformer3DModel"):
-        attach(wan, core2=online)
     stock = STOCK["StableDiffusionXLPipeline"]
     pipe = stock.pipe()
     with attached(pipe, core2=online):

@@ -1,7 +1,7 @@
 """docs/compatibility.md: one table of what the other tests run.
 
 Truth: the tables of the three other pages, each of which the tests that it names keep true, and the
-lists of tests/unit/test_attach_compiled.py and test_attach_collect.py.
+lists of tests/unit/test_attach_compiled.py, test_attach_collect.py and test_attach_rules.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def of_own():
     found = {**marks, "model_offload": offload}
     for place, name in enumerate(OWN):
         shown = ["yes" if found[f][place] in ("both", "core2") else "" for f in FEATURES]
-        yield f"{name}Pipeline", ["yes", "yes", *shown, "", "yes"]
+        yield f"{name}Pipeline", ["yes", "yes", "yes", *shown, "", "yes"]
 
 
 def of_attach():
@@ -54,13 +54,17 @@ def of_attach():
     file = "test_attach_collect.py"
     tasks = [*listed(file, "TASKS"), *listed(file, "PREFIXES").values()]
     collected = {f"{task}Pipeline" for task in tasks}
+    file = "test_attach_rules.py"
+    names, of_tasks = listed(file, "NAMES"), listed(file, "OF_TASKS")
+    tasks = [names[family] + task for family in of_tasks for task in listed(file, "TASKS")]
+    ruled = {f"{task}Pipeline" for task in [*names.values(), *tasks]} | {*listed(file, "RULED")}
     networks = set()
     for name, network, *marks in rows("attach.md", "pipeline | network"):
         if network not in networks:  # the first one of each is collected from
             collected.add(name)
         networks.add(network)
         given = ["yes" if name in each else "" for each in (compiled, collected)]
-        yield name, ["yes", "–", *marks, *given]
+        yield name, ["yes", "–", "yes" if name in ruled else "", *marks, *given]
 
 
 def of_guider():
@@ -68,7 +72,8 @@ def of_guider():
     zigzag = {FAMILIES[row[0].split(",")[0]] for row in rows("howto/modular.md", "pipeline, task")}
     tried = [row[0] for row in rows("howto/modular.md", "pipeline | network") if row[2] == "yes"]
     for name in sorted({*tried, *zigzag}):
-        yield f"{name}ModularPipeline", ["yes", "yes" if name in zigzag else "–", *[""] * 5, "–"]
+        marks = ["yes", "yes" if name in zigzag else "–", "–", *[""] * 5, "–"]
+        yield f"{name}ModularPipeline", marks
 
 
 def table():
@@ -76,6 +81,7 @@ def table():
     heads = [
         "fast, slow, CFG",
         "zigzag",
+        "online scale",
         *(f"`{name}`" for name in FEATURES),
         "compiled",
         "collect",

@@ -20,6 +20,7 @@ from core2_sampler.attachment.networks import find_networks
 from core2_sampler.cli import main
 from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads import HEADS
+from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.tap import TapHead
 
 pytestmark = pytest.mark.checkout
@@ -52,6 +53,9 @@ def folder(tmp_path_factory):
         pipe.save_pretrained(root / name)
         network = find_networks(pipe)[0]
         TapHead.for_denoiser(network.denoiser).save_pretrained(root / "heads" / network.family)
+        if network.family == "sdxl":
+            adapter = AdapterHead.for_denoiser(network.denoiser, scale_range=(2.0, 7.0))
+            adapter.save_pretrained(root / "heads" / "adapter")
     STOCK["StableDiffusionXLControlNetPipeline"].pipe().controlnet.save_pretrained(
         root / "controlnet"
     )

@@ -16,6 +16,7 @@ from core2_sampler.benchmarks.arms import ARMS, FIRST_TABLE, Arm, build_arms
 from core2_sampler.benchmarks.dynamic_cfg import DynamicCfgConfig, bench_dynamic_cfg
 from core2_sampler.benchmarks.head_study import HeadsConfig, bench_heads
 from core2_sampler.benchmarks.heads import available_arms, check_scales, head_folders
+from core2_sampler.benchmarks.lines import digest_bytes
 from core2_sampler.benchmarks.merge import MergeConfig, bench_merge
 from core2_sampler.benchmarks.notes import NOTES
 from core2_sampler.benchmarks.options import (
@@ -135,7 +136,8 @@ def with_affine(heads: dict[str, str], config: ShapesConfig) -> dict[str, str]:
             "trajectories must be a folder, and without a head affine=FOLDER, "
             f"got {config.trajectories}"
         )
-    return heads | {"affine": str(config.study.cache / "affine")}
+    store = digest_bytes(str(config.trajectories.resolve()).encode())[:16]  # another has its own
+    return heads | {"affine": str(config.study.cache / f"affine-{store}")}
 
 
 def open_study(config: StudyConfig, model: ModelFiles) -> Study:

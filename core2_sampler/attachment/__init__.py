@@ -130,7 +130,7 @@ def attach(
         check_no_faster_cache(network.module)
     found = find_head(head, networks[0])
     check_head(found, config, networks[0])
-    check_two_networks(found, config, networks)
+    check_two_networks(config, networks)
     check_placement(found, config)
     pipe._core2_attachment = _Attachment(found, config, scale_name, watch)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]  # a class is hashable

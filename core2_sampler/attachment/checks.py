@@ -83,9 +83,7 @@ def check_placement(head: WeakHead | None, config: Core2Config) -> None:
         step_errors(head, torch.ones(1), [1.0])
 
 
-def check_two_networks(
-    head: WeakHead | None, config: Core2Config, networks: Sequence[Network]
-) -> None:
+def check_two_networks(config: Core2Config, networks: Sequence[Network]) -> None:
     """Raise ValueError for what a pipeline must have one network for, if it has two."""
     if len(networks) < 2:
         return
@@ -98,11 +96,6 @@ def check_two_networks(
         raise ValueError(
             "slow_steps must be a count or positions for a pipeline of two networks, whose scales "
             f"the head's errors would be weighed by, got {config.slow_steps!r}"
-        )
-    if head is not None and head.in_model:
-        raise ValueError(
-            "a head inside the denoiser must have one denoiser to be in, got two networks and "
-            f"{type(head).__name__}: use a head on outputs"
         )
 
 
@@ -172,6 +165,11 @@ def check_kind(kind: type[WeakHead], network: Network) -> None:
         raise ValueError(
             f"a head must not read features of {network.family}, which has no adapter of ours, "
             f"got {kind.__name__}: use another kind of head, such as conv"
+        )
+    if kind.in_model and network.networks > 1:
+        raise ValueError(
+            "a head inside the denoiser must have one denoiser to be in, got two networks and "
+            f"{kind.__name__}: use a head on outputs"
         )
     if kind.in_model and network.layout.reads_cond:
         raise ValueError(

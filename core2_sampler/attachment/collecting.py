@@ -63,7 +63,8 @@ def collect_stock(
     told of them, so that `replay` can make each pass again.
 
     Args:
-        pipe: any pipeline that `core2_sampler.attach` takes, of one network.
+        pipe: any pipeline that `core2_sampler.attach` takes. Of two networks each makes the rows of
+            its own steps; the scale of the second, if it is another, is one of the arguments.
         arguments: of its call.
         jobs: trajectories; prompt id and seed together must be unique.
         store: where the rows go.
@@ -76,17 +77,14 @@ def collect_stock(
         The number of trajectories that this call added.
 
     Raises:
-        ValueError: as `core2_sampler.attach` and `core2_sampler.collect.collect`; the pipeline has
-            two networks or tells each token a timestep, prompts have other numbers of tokens, the
-            store has prompts without a mask that the network is told, or a scale or an argument is
-            not as said above.
+        ValueError: as `core2_sampler.attach` and `core2_sampler.collect.collect`; the pipeline
+            tells each token a timestep, prompts have other numbers of tokens, the store has prompts
+            without a mask that the network is told, or a scale or an argument is not as said above.
     """
-    networks = find_networks(pipe)
-    if len(networks) > 1:
-        raise ValueError(f"Collect takes a pipeline of one network, got {len(networks)}")
-    if config.features and networks[0].denoiser is None:
+    network = find_networks(pipe)[0]
+    if config.features and network.denoiser is None:
         raise ValueError(
-            f"features are known of sdxl, sd3 and flux, got {networks[0].family}: leave them out"
+            f"features are known of sdxl, sd3 and flux, got {network.family}: leave them out"
         )
     if min(config.guidance_scales) <= 1:
         raise ValueError(
@@ -122,7 +120,7 @@ def replay(
     """Return the network of a stock pipeline as it is called there, to train a head in.
 
     Args:
-        pipe: the pipeline, of one network.
+        pipe: the pipeline; of two networks, for heads on outputs alone.
         arguments: of its call, as they were given to `collect_stock`.
         record: any that was collected; the loop makes its first step.
         store: that it is from, to check that it has what the network is told of a prompt.

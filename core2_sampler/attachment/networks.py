@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Network:
         latent_channels: channels C of its latents, or of their tokens outside FLUX.
         denoiser: the adapter of one of our families.
         compiled: whether ``torch.compile`` has the network, or parts of it.
+        networks: how many its pipeline has, which its loop asks in turn.
     """
 
     module: nn.Module
@@ -58,6 +59,7 @@ class Network:
     latent_channels: int
     denoiser: Denoiser | None
     compiled: bool
+    networks: int = 1
     _size: tuple[Tensor, int, tuple[int, int]] | None = None
 
     def sample(self, call: Call) -> Tensor:
@@ -254,7 +256,7 @@ def find_networks(pipe: Any) -> list[Network]:
     found = [module for n in _COMPONENTS if (module := getattr(pipe, n, None)) is not None]
     if not found:
         raise ValueError(f"pipe must have a denoiser, got {type(pipe).__name__} without")
-    return [network_of(pipe, module) for module in found]
+    return [replace(network_of(pipe, module), networks=len(found)) for module in found]
 
 
 def network_of(pipe: Any, module: nn.Module, layouts: Mapping[str, Layout] = LAYOUTS) -> Network:

@@ -53,9 +53,15 @@ class Replay:
         """Return what heads are shown of a pass, [B, C, H, W], for ``x`` at ``sigma`` [B].
 
         Raises:
-            ValueError: the network takes lists, or was told more than the latents, the timestep
-                and what stays the same for a prompt.
+            ValueError: the network takes lists, is one of two, or was told more than the latents,
+                the timestep and what stays the same for a prompt.
         """
+        if self.network.networks > 1:
+            raise ValueError(
+                "a pass must be of the one network of a pipeline to be made again, got "
+                f"{self.network.networks}, and rows do not tell which: "
+                "use a head on outputs, such as conv"
+            )
         if self.network.layout.lists:
             raise ValueError(
                 "a network must be given its samples as one tensor to make its passes again, got "

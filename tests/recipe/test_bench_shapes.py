@@ -350,6 +350,16 @@ def test_the_command_of_a_table_gives_its_config_again(tmp_path, model):
     assert load_config(ShapesConfig, given=options) == config
 
 
+def test_each_store_has_an_affine_control_of_its_own(tmp_path):
+    places = set()
+    for family in ("sd3", "flux"):
+        store = tmp_path / family
+        store.mkdir()
+        config = ShapesConfig(study_config("shapes-sd3", tmp_path), trajectories=store)
+        places.add(cli.with_affine({}, config)["affine"])
+    assert len(places) == 2  # an old one of another family would be refused before the new is made
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from core2_sampler import attached, testing
+from core2_sampler.attachment.checks import check_kind
 from core2_sampler.attachment.collecting import collect_stock, replay
 from core2_sampler.attachment.networks import find_networks
 from core2_sampler.cli.collect import CollectOptions, run_collect
@@ -26,6 +27,7 @@ from core2_sampler.collect import CollectConfig, Job, collect, make_units
 from core2_sampler.config import ConfigError, load_config
 from core2_sampler.nfe import count_nfe
 from core2_sampler.reflect import ReflectConfig, reflect
+from core2_sampler.testing.pipelines import ready, seeded
 from core2_sampler.testing.stock import STOCK
 from core2_sampler.trajectory import TrajectoryStore
 from core2_sampler.types import Conditioning
@@ -120,14 +122,42 @@ def test_a_stock_pipeline_stores_what_our_own_stores(family, tmp_path):
 
 
 ANEW = {
+    "StableDiffusionControlNetPipeline": "down_block_additional_residuals",
+    "StableDiffusionXLControlNetPipeline": "down_block_additional_residuals",
+    "StableDiffusion3ControlNetPipeline": "block_controlnet_hidden_states",
     "FluxControlNetPipeline": "controlnet_block_samples",
     "FluxKontextPipeline": "these latents and nothing else",
     "ZImagePipeline": "which takes lists",
+    "ZImageImg2ImgPipeline": "which takes lists",
 }
 """Pipelines whose passes cannot be made again, and why."""
 
 
-TASKS = ("StableDiffusionImg2Img", "StableDiffusionXLInpaint", "FluxInpaint", "FluxControlNet")
+def led_to(network, rows, scales=SCALE):
+    """Return where steps of Euler's by CFG lead from the stored states, and the next of these."""
+    scales = torch.as_tensor(scales).expand(len(rows))[:-1, None, None, None]
+    sigma = rows.sigma[:, None, None, None]
+    x = rows.x * (1 + sigma**2).sqrt() if network.family.endswith("epsilon") else rows.x
+    sign = -1 if network.layout.to_data else 1
+    guided = rows.cond[:-1] + (scales - 1) * rows.gap[:-1]
+    return x[:-1] + sign * sigma.diff(dim=0) * guided, x[1:]
+
+
+TASKS = (
+    "StableDiffusionImg2Img",
+    "StableDiffusionControlNet",
+    "StableDiffusionXLImg2Img",
+    "StableDiffusionXLInpaint",
+    "StableDiffusionXLControlNet",
+    "StableDiffusion3Img2Img",
+    "StableDiffusion3Inpaint",
+    "StableDiffusion3ControlNet",
+    "FluxImg2Img",
+    "FluxInpaint",
+    "FluxControlNet",
+    "FluxKontext",
+    "ZImageImg2Img",
+)
 EACH = {type(stock.network(built(name))): name for name, stock in reversed(STOCK.items())}
 
 
@@ -144,6 +174,9 @@ def test_a_pass_can_be_made_again_from_what_was_stored(name, tmp_path):
         record = next(iter(store.records().values()))
         return replay(pipe, arguments(stock), record)(each.x, each.sigma, prompt.conditioning())
 
+    if name in ANEW or "Img2Img" in name:
+        for each in rows:
+            close(*led_to(find_networks(pipe)[0], each))
     if name in ANEW:
         with pytest.raises(ValueError, match=ANEW[name]):
             again(rows[0], rows[0])
@@ -311,11 +344,6 @@ def test_what_cannot_be_collected_is_refused_before_anything_is_stored(tmp_path)
         run(stock, pipe, store, features=True)
     with pytest.raises(ValueError, match="generator must be left to Collect"):
         collect_stock(pipe, lambda _: {"generator": None}, JOBS, store, CollectConfig(**CONFIG))
-    wan = STOCK["WanPipeline"]
-    parts = wan.parts()
-    two = diffusers.WanPipeline(**parts, transformer_2=parts["transformer"], boundary_ratio=0.8)
-    with pytest.raises(ValueError, match="one network, got 2"):
-        run(wan, two, store)
     parts = {
         k: v
         for k, v in testing.tiny_sdxl_pipeline(time_cond_proj_dim=8).components.items()
@@ -459,14 +487,11 @@ def test_the_embedded_guidance_of_flux_can_be_chosen_and_that_of_cfg_cannot(tmp_
     assert rows_of(store, "two").extra["guidance"].tolist() == [2.0] * 3
 
 
-@pytest.mark.parametrize("name", ["QwenImagePipeline", "ZImagePipeline", "FluxKontextPipeline"])
-def test_a_head_on_outputs_needs_no_pass_to_be_made_again(name, tmp_path):
-    """A trained one comes nearer to CFG than the prompt alone."""
-    stock, store = STOCK[name], TrajectoryStore(tmp_path)
-    pipe = built(name)
-    run(stock, pipe, store, [Job(f"p{i}", f"p{i}", SEEDS[i % 2]) for i in range(8)])
-    record = next(iter(store.records().values()))
-    denoiser = replay(pipe, arguments(stock), record)
+EIGHT = [Job(f"p{i}", f"p{i}", SEEDS[i % 2]) for i in range(8)]
+
+
+def learns(stock, pipe, store, denoiser, **options):
+    """Return a head on outputs, once it has come nearer to CFG than the prompt alone."""
     head = ConvHead.for_denoiser(denoiser, widths=(32, 32))
     config = ReflectConfig(
         steps=30, batch_size=8, learning_rate=1e-2, precision="fp32", evaluations=1
@@ -474,11 +499,64 @@ def test_a_head_on_outputs_needs_no_pass_to_be_made_again(name, tmp_path):
     report = reflect(head, store.source(0.3), config, denoiser=denoiser)
     assert report.held_out[-1][1] < 0.95  # untrained it is 1
     scale = SCALE - find_networks(pipe)[0].layout.scale_offset
-    wanted, unguided = (stock.sample(pipe, each) for each in (scale, stock.unguided))
+    wanted, unguided = (stock.sample(pipe, each, **options) for each in (scale, stock.unguided))
     with attached(pipe, head=head, core2="fast"):
-        ours = stock.sample(pipe, scale)
+        ours = stock.sample(pipe, scale, **options)
         assert pipe.core2_plan.nfe == 3
     assert float((ours - wanted).square().mean() / (unguided - wanted).square().mean()) < 0.95
+    return head
+
+
+@pytest.mark.parametrize("name", ["QwenImagePipeline", "ZImagePipeline", "FluxKontextPipeline"])
+def test_a_head_on_outputs_needs_no_pass_to_be_made_again(name, tmp_path):
+    """A trained one comes nearer to CFG than the prompt alone."""
+    stock, store = STOCK[name], TrajectoryStore(tmp_path)
+    pipe = built(name)
+    run(stock, pipe, store, EIGHT)
+    record = next(iter(store.records().values()))
+    learns(stock, pipe, store, replay(pipe, arguments(stock), record))
+
+
+def said_in_turn(pipe, rows):
+    """Return what the two networks say of the second prompt, and of its negative."""
+    networks, times = (pipe.transformer, pipe.transformer_2), rows.extra["timestep"]
+    assert [int(t < 800) for t in times] == [0, 1, 1]
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        embeds = STOCK["WanPipeline"].arguments()[name][1:]
+        with torch.no_grad():
+            passes = [
+                networks[int(t < 800)](x.view(1, 4, 2, 8, 8), t[None], embeds, return_dict=False)[0]
+                for x, t in zip(rows.x, times, strict=True)
+            ]
+        yield torch.cat(passes).flatten(2, 3)
+
+
+def test_two_networks_are_collected_in_turn(tmp_path):
+    """Wan 2.2. Truth: each network, called by hand, and Euler's steps, each at its scale."""
+    stock, store = STOCK["WanPipeline"], TrajectoryStore(tmp_path)
+    with seeded(0):
+        parts, other = stock.parts(), stock.parts()["transformer"]
+        pipe = ready(diffusers.WanPipeline(**parts, transformer_2=other, boundary_ratio=0.8))
+
+    def call(records):
+        return {**arguments(stock)(records), "guidance_scale_2": 2.0}
+
+    collect_stock(pipe, call, EIGHT, store, CollectConfig(**CONFIG))
+    rows = rows_of(store, "p1")
+    close(*led_to(find_networks(pipe)[0], rows, (SCALE, 2.0, 2.0)))
+    denoiser = replay(pipe, call, next(iter(store.records().values())))
+    head = learns(stock, pipe, store, denoiser, guidance_scale_2=2.0)
+    driven = TrajectoryStore(tmp_path / "driven")
+    collect_stock(pipe, call, EIGHT[:2], driven, CollectConfig(**CONFIG, round=1), policy=head)
+    assert float((rows_of(driven, "p1").x - rows.x)[1:].abs().amax((1, 2, 3)).min()) > 0.01
+    for each in (rows, rows_of(driven, "p1")):
+        cond, uncond = said_in_turn(pipe, each)
+        close(each.cond, cond, 1e-2)
+        close(each.gap, cond - uncond, 1e-2)
+    with pytest.raises(ValueError, match="one denoiser to be in, got two networks and AdapterHead"):
+        check_kind(AdapterHead, denoiser.network)
+    with pytest.raises(ValueError, match="got 2, and rows do not tell which"):
+        denoiser(rows.x, rows.sigma, rows.conditioning())
 
 
 def test_a_head_that_could_not_be_attached_is_not_trained(tmp_path):

@@ -19,10 +19,13 @@ from diffusers import (
     MagCacheConfig,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
 from core2_sampler import attach, attached, detach, testing
 from core2_sampler.attachment.networks import Call, find_networks
 from core2_sampler.plan import Core2Config
+from core2_sampler.testing.pipelines import seeded
 from core2_sampler.testing.stock import STOCK
 from core2_sampler.weak_heads.adapter import AdapterHead
 from core2_sampler.weak_heads.base import WeakHead
@@ -230,66 +233,121 @@ def test_a_callback_may_change_the_scale():
         close(SDXL.sample(pipe, callback_on_step_end=change), wanted)
 
 
-def test_an_ip_adapter():
-    pipe = SDXL.pipe()
-    weights, key = {}, 1
+IP_ADAPTER = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+]
+IP_ADAPTER_OF_SD3 = [
+    "StableDiffusion3Pipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+    "StableDiffusion3ControlNetPipeline",
+]
+IP_ADAPTER_OF_FLUX = [
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
+    "FluxControlNetPipeline",
+    "FluxKontextPipeline",
+    "ChromaPipeline",
+]
+
+
+def check_images(stock, pipe, both, given):
+    """Check that each side hears its own image: the negative one first, as ``given`` has them."""
+    image, half, swapped = (
+        {"ip_adapter_image_embeds": given(rows)} for rows in (both, both[1:], both.flip(0))
+    )
+    head, wanted = perfect(stock, pipe, **image)
+    with attached(pipe, head=head, core2="fast"):
+        close(stock.sample(pipe, **image), wanted)
+    assert far(wanted, stock.sample(pipe, **swapped))
+    with attached(pipe, core2=Core2Config(mode="cond")):
+        close(stock.sample(pipe, **image), stock.sample(pipe, 1.0, **half))
+
+
+@pytest.mark.parametrize("name", IP_ADAPTER)
+def test_an_ip_adapter(name):
+    stock = STOCK[name]
+    pipe = stock.pipe()
+    weights, key, prompt = {}, 1, pipe.unet.config.cross_attention_dim
     generator = torch.Generator().manual_seed(0)
     for name in pipe.unet.attn_processors:
         if name.endswith("attn2.processor"):
             width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
             for part in ("to_k_ip", "to_v_ip"):
-                random = torch.randn(width, 32, generator=generator)
+                random = torch.randn(width, prompt, generator=generator)
                 weights[f"{key}.{part}.weight"] = random
             key += 2
     image_proj = {
-        "proj.weight": torch.randn(4 * 32, 6, generator=generator),
-        "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32),
-        "norm.bias": torch.zeros(32),
+        "proj.weight": torch.randn(4 * prompt, 6, generator=generator),
+        "proj.bias": torch.zeros(4 * prompt),
+        "norm.weight": torch.ones(prompt),
+        "norm.bias": torch.zeros(prompt),
     }
     pipe.unet._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": weights}])
-    both = torch.randn(2, 1, 6, generator=generator)  # the negative image first
-    image, half = ({"ip_adapter_image_embeds": [rows]} for rows in (both, both[1:]))
-    head, wanted = perfect(SDXL, pipe, **image)
-    with attached(pipe, head=head, core2="fast"):
-        close(SDXL.sample(pipe, **image), wanted)
-    assert far(wanted, SDXL.sample(pipe, ip_adapter_image_embeds=[both.flip(0)]))
-    with attached(pipe, core2=Core2Config(mode="cond")):
-        close(SDXL.sample(pipe, **image), SDXL.sample(pipe, 1.0, **half))
+    check_images(stock, pipe, torch.randn(2, 1, 6, generator=generator), lambda rows: [rows])
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["on outputs", "inside"])
-def test_an_ip_adapter_of_flux(inside):
+@pytest.mark.parametrize("name", IP_ADAPTER_OF_SD3)
+def test_an_ip_adapter_of_sd3(name):
+    stock = STOCK[name]
+    pipe = stock.pipe()
+    with seeded(0):
+        processors = {
+            name: SD3IPAdapterJointAttnProcessor2_0(16, 16, 8, timesteps_emb_dim=16, scale=1.0)
+            for name in pipe.transformer.attn_processors
+        }
+        pipe.transformer.set_attn_processor(processors)
+        pipe.transformer.image_proj = IPAdapterTimeImageProjection(
+            embed_dim=12, output_dim=16, hidden_dim=16, dim_head=8, heads=2, num_queries=3, depth=1
+        )
+        check_images(stock, pipe, 5 * torch.randn(2, 5, 12), lambda rows: rows)
+
+
+OF_FLUX = [(name, "tap" if name.startswith("Flux") else "affine") for name in IP_ADAPTER_OF_FLUX]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*OF_FLUX, ("FluxPipeline", "adapter")])
+def test_an_ip_adapter_of_flux(name, kind):
     """Its loop writes the negative image into the arguments of the pass before."""
-    pipe, generator = FLUX.pipe(), torch.Generator().manual_seed(0)
+    stock, generator = STOCK[name], torch.Generator().manual_seed(0)
+    pipe = stock.pipe()
+    inner, prompt = pipe.transformer.inner_dim, pipe.transformer.config.joint_attention_dim
     shapes = {
-        "to_k_ip.weight": (16, 32),
-        "to_v_ip.weight": (16, 32),
-        "to_k_ip.bias": (16,),
-        "to_v_ip.bias": (16,),
+        "to_k_ip.weight": (inner, prompt),
+        "to_v_ip.weight": (inner, prompt),
+        "to_k_ip.bias": (inner,),
+        "to_v_ip.bias": (inner,),
     }
     weights = {f"0.{n}": torch.randn(shape, generator=generator) for n, shape in shapes.items()}
     image_proj = {
-        "proj.weight": torch.randn(4 * 32, 6, generator=generator),
-        "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32),
-        "norm.bias": torch.zeros(32),
+        "proj.weight": torch.randn(4 * prompt, 6, generator=generator),
+        "proj.bias": torch.zeros(4 * prompt),
+        "norm.weight": torch.ones(prompt),
+        "norm.bias": torch.zeros(prompt),
     }
     pipe.transformer._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": weights}])
     negative, positive = torch.randn(2, 2, 1, 6, generator=generator)
     image = {"ip_adapter_image_embeds": [positive], "negative_ip_adapter_image_embeds": [negative]}
-    head, wanted = perfect(FLUX, pipe, **image)
+    head, wanted = perfect(stock, pipe, **image)
     with attached(pipe, head=head, core2="fast"):
-        close(FLUX.sample(pipe, **image), wanted)
+        close(stock.sample(pipe, **image), wanted)
     swapped = dict(zip(image, reversed(image.values()), strict=True))
-    assert far(wanted, FLUX.sample(pipe, **swapped))
-    kind, options = HEADS["adapter" if inside else "tap"]
-    head = trained(kind.for_denoiser(find_networks(pipe)[0].denoiser, **options))
+    assert far(wanted, stock.sample(pipe, **swapped))
+    head_class, options = HEADS[kind]
+    network = find_networks(pipe)[0]
+    head = trained(head_class.for_denoiser(network.denoiser or network, **options))
     with attached(pipe, head=head, core2="fast"):
-        fast = FLUX.sample(pipe, **image)
+        fast = stock.sample(pipe, **image)
     with attached(pipe, head=head, core2=Core2Config(slow_steps=1.0, w2s_scale=0.0)):
-        close(FLUX.sample(pipe, **image), fast)
-    assert far(fast, FLUX.sample(pipe, 1.0, **image))
+        close(stock.sample(pipe, **image), fast)
+    assert far(fast, stock.sample(pipe, 1.0, **image))
 
 
 def test_bfloat16():

@@ -99,7 +99,7 @@ def test_a_rule_picks_what_it_picks_in_our_own_pipeline(pair, kind):
 
 
 TASKS = ["Img2Img", "Inpaint", "ControlNet"]
-OF_TASKS = ["sdxl", "flux"]
+OF_TASKS = ["sdxl", "sd3", "flux"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -164,6 +164,8 @@ class Nearness:
 RULED = [
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionControlNetPipeline",
+    "FluxKontextPipeline",
     "PixArtSigmaPipeline",
     "SanaPipeline",
     "AuraFlowPipeline",

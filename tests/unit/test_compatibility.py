@@ -1,15 +1,18 @@
 """docs/compatibility.md: one table of what the other tests run.
 
 Truth: the tables of the three other pages, each of which the tests that it names keep true, and the
-lists of tests/unit/test_attach_compiled.py, test_attach_collect.py and test_attach_rules.py.
+lists of tests/unit/test_attach_compiled.py, test_attach_collect.py, test_attach_heads.py and
+test_attach_rules.py; of what a stock class has, the arguments of its call.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 
 pytestmark = pytest.mark.checkout
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.checkout
 UNIT = Path(__file__).parent
 DOCS = UNIT.parents[1] / "docs"
 FEATURES = ("images_per_prompt", "lora", "group_offload", "model_offload")
+FOUND = (*FEATURES, "ip_adapter")
 OWN = ("CoRe2StableDiffusion3", "CoRe2StableDiffusionXL", "CoRe2Flux")
 FAMILIES = {"SDXL": "StableDiffusionXL", "SD3": "StableDiffusion3", "FLUX.1": "Flux"}
 
@@ -41,9 +45,10 @@ def of_own():
     marks = {row[0].strip("`"): row[2:5] for row in rows("support.md", "feature | what it is")}
     beyond = {row[0]: row[1:4] for row in rows("support.md", "feature | SD3")}
     offload = next(cells for name, cells in beyond.items() if name.startswith("model offload"))
-    found = {**marks, "model_offload": offload}
+    image = beyond["IP-Adapter by image"]
+    found = {**marks, "model_offload": offload, "ip_adapter": image}
     for place, name in enumerate(OWN):
-        shown = ["yes" if found[f][place] in ("both", "core2") else "" for f in FEATURES]
+        shown = ["yes" if found[f][place] in ("both", "core2") else "" for f in FOUND]
         yield f"{name}Pipeline", ["yes", "yes", "yes", *shown, "", "yes"]
 
 
@@ -58,12 +63,18 @@ def of_attach():
     names, of_tasks = listed(file, "NAMES"), listed(file, "OF_TASKS")
     tasks = [names[family] + task for family in of_tasks for task in listed(file, "TASKS")]
     ruled = {f"{task}Pipeline" for task in [*names.values(), *tasks]} | {*listed(file, "RULED")}
+    file = "test_attach_heads.py"
+    lists = ("IP_ADAPTER", "IP_ADAPTER_OF_SD3", "IP_ADAPTER_OF_FLUX")
+    adapted = {name for each in lists for name in listed(file, each)}
     networks = set()
     for name, network, *marks in rows("attach.md", "pipeline | network"):
         if network not in networks:  # the first one of each is collected from
             collected.add(name)
         networks.add(network)
-        given = ["yes" if name in each else "" for each in (compiled, collected)]
+        given = ["yes" if name in each else "" for each in (adapted, compiled, collected)]
+        call = inspect.signature(getattr(diffusers, name).__call__)
+        if "ip_adapter_image" not in call.parameters:
+            given[0] = "–"
         yield name, ["yes", "–", "yes" if name in ruled else "", *marks, *given]
 
 
@@ -72,7 +83,7 @@ def of_guider():
     zigzag = {FAMILIES[row[0].split(",")[0]] for row in rows("howto/modular.md", "pipeline, task")}
     tried = [row[0] for row in rows("howto/modular.md", "pipeline | network") if row[2] == "yes"]
     for name in sorted({*tried, *zigzag}):
-        marks = ["yes", "yes" if name in zigzag else "–", "–", *[""] * 5, "–"]
+        marks = ["yes", "yes" if name in zigzag else "–", "–", *[""] * 6, "–"]
         yield f"{name}ModularPipeline", marks
 
 
@@ -83,6 +94,7 @@ def table():
         "zigzag",
         "online scale",
         *(f"`{name}`" for name in FEATURES),
+        "IP-Adapter",
         "compiled",
         "collect",
     ]
